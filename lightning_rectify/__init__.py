@@ -1,0 +1,39 @@
+"""RAdam and its variance theory, and what its authors built beside it, for PyTorch Lightning.
+
+The public names are imported on first use, so that ``import lightning_rectify`` itself costs almost nothing and
+the optimizer can be used where Lightning is not wanted.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# name -> module that defines it
+_PUBLIC = {
+    "RectifiedAdam": "optim",
+    "AdaptiveRateMonitor": "callbacks",
+    "RectifiedModule": "modules",
+    "ImageClassifier": "modules",
+    "ImageData": "data",
+}
+
+__all__ = ["AdaptiveRateMonitor", "ImageClassifier", "ImageData", "RectifiedAdam", "RectifiedModule", "__version__"]
+
+if TYPE_CHECKING:
+    from lightning_rectify.callbacks import AdaptiveRateMonitor
+    from lightning_rectify.data import ImageData
+    from lightning_rectify.modules import ImageClassifier, RectifiedModule
+    from lightning_rectify.optim import RectifiedAdam
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,169 @@
+"""``RectifiedModule``: what every module of the package, and every module a user builds on it, has in common."""
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rectify._lightning import LightningModule, LRSchedulerCallable, OptimizerCallable
+from lightning_rectify.optim.rectified_adam import RectifiedAdam
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A player's loss was NaN or infinite; raised before the step, so weights and last checkpoint stay good."""
+
+
+class RectifiedModule(LightningModule):
+    """A LightningModule whose optimizer and schedule come in as arguments and whose checkpoints always load.
+
+    Subclasses write ``training_step`` and the rest as in any LightningModule. They may override two hooks:
+    ``parameter_groups`` (which parameters form which named group) and ``networks`` (what ``compile`` compiles).
+
+    Saved hyperparameters hold plain values only (numbers, strings, None, and lists and dicts of them): optimizers,
+    schedulers, networks and other objects are left out, also when a subclass calls ``save_hyperparameters()`` itself
+    (which it need not do: its arguments are collected without it). Checkpoints therefore load with
+    ``weights_only=True``, Lightning's default.
+
+    A loss that is not finite raises :class:`NonFiniteLossError` before the backward pass; the check reads one number
+    a step.
+
+    Args:
+        optimizer: called with the parameter groups; a class, a ``functools.partial``, or in YAML a ``class_path`` with
+            ``init_args``.
+        lr_scheduler: called with the optimizer; None keeps the learning rate constant. A ``ReduceLROnPlateau`` reads
+            the metric named by its ``monitor`` attribute (Lightning's own subclass has one).
+        lr_scheduler_interval: when the scheduler steps, "step" (each optimizer step) or "epoch".
+        compile: compile the networks with ``torch.compile``; keys of the state dict do not change.
+
+    Raises:
+        ValueError: if ``lr_scheduler_interval`` is neither "step" nor "epoch".
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable = RectifiedAdam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: str = "epoch",
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if lr_scheduler_interval not in ("step", "epoch"):
+            raise ValueError(
+                f"Expected argument `lr_scheduler_interval` to be 'step' or 'epoch' but got {lr_scheduler_interval!r}."
+            )
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self._compile = compile
+        self.save_hyperparameters()
+
+    # -- hooks to override ---------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups, each with a ``name`` that log keys use.
+
+        Override to split them, for example to keep weight decay from biases or to give the embedding a group of its
+        own::
+
+            def parameter_groups(self):
+                return [
+                    {"name": "backbone", "params": self.backbone.parameters(), "lr": 1e-4},
+                    {"name": "head", "params": self.head.parameters()},
+                ]
+        """
+        return [{"name": "model", "params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def networks(self) -> Iterable[nn.Module]:
+        """The submodules that ``compile=True`` compiles: by default each child that has parameters."""
+        return [child for child in self.children() if next(child.parameters(), None) is not None]
+
+    # -- Lightning's hooks ---------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Compile the networks in place, once (``nn.Module.compile`` leaves the state dict's keys alone)."""
+        if self._compile:
+            for network in self.networks():
+                network.compile()
+            self._compile = False
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over ``parameter_groups()``, with its scheduler if there is one."""
+        optimizer = self.optimizer(self.parameter_groups())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            config["monitor"] = getattr(scheduler, "monitor", "val/loss")
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Stop at a loss that is not finite, before it reaches a gradient or a weight."""
+        self.check_finite(loss, player="model")
+
+    def check_finite(self, loss: Tensor, player: str) -> None:
+        """Raise unless the loss is finite.
+
+        Args:
+            loss: scalar.
+            player: whose loss it is, for the message.
+
+        Raises:
+            NonFiniteLossError: if the loss is NaN or infinite.
+        """
+        if not torch.isfinite(loss.detach()).all():
+            raise NonFiniteLossError(
+                f"The loss of player {player!r} is {loss.detach().float().item()} at step {self.trainer.global_step} "
+                f"(epoch {self.trainer.current_epoch}); expected a finite number. No weight was changed by this step: "
+                "the last checkpoint is good. Look at the batch, lower the learning rate or clip the gradient."
+            )
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: Sequence[str] | str | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """Lightning's ``save_hyperparameters`` with every argument left out that is not a plain value.
+
+        Args:
+            *args: names of the arguments to save; all of them if empty.
+            ignore: names to leave out besides.
+            frame: the frame of the constructor; the caller's by default.
+            logger: whether to send them to the logger.
+        """
+        if frame is None:
+            current = inspect.currentframe()
+            frame = current.f_back if current is not None else None
+        ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
+        ignored |= _objects_among_arguments(self, frame)
+        if args and not (kept := [name for name in args if not (isinstance(name, str) and name in ignored)]):
+            return
+        super().save_hyperparameters(*(kept if args else ()), ignore=sorted(ignored), frame=frame, logger=logger)
+
+
+def _objects_among_arguments(module: LightningModule, frame: FrameType | None) -> set[str]:
+    """Names of constructor arguments, over the whole chain of ``__init__`` calls, whose values are not plain."""
+    names: set[str] = set()
+    while frame is not None and frame.f_code.co_name == "__init__" and frame.f_locals.get("self") is module:
+        code = frame.f_code
+        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        values = {name: frame.f_locals.get(name) for name in arguments if name != "self"}
+        if code.co_flags & inspect.CO_VARKEYWORDS:
+            rest = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+            values.update(frame.f_locals.get(code.co_varnames[rest], {}))
+        names |= {name for name, value in values.items() if not _is_plain(value)}
+        frame = frame.f_back
+    return names
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

@@ -1,0 +1,5 @@
+"""Image classification, the RAdam paper's first task."""
+
+from lightning_rectify.modules.classifier.module import ImageClassifier
+
+__all__ = ["ImageClassifier"]

@@ -1,0 +1,136 @@
+"""One RAdam update of a list of tensors, three ways, and the form that keeps step counts on the device.
+
+Each function advances moments and parameters in place. Parameters, gradients and moments are real, of one device and,
+but in the on-device form, share one step count; ``RectifiedAdam`` sees to that.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_rectify.optim.variance import Order, rectification
+
+
+class Tensors(NamedTuple):
+    """The tensors of one update, index by index."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+
+
+class Rule(NamedTuple):
+    """What an update does besides its tensors; a group's options at one step."""
+
+    lr: Any  # float, or a 0-dim tensor in the for-loop and on-device forms
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    skip_early: bool
+    threshold: float
+    rectifier: Order
+
+
+def fused_update(tensors: Tensors, rule: Rule, step: float, rect: float) -> None:
+    """A rectified step by torch's fused Adam kernel.
+
+    The step is Adam's with learning rate lr * r_t and, since RAdam adds eps to sqrt(v) before the bias correction,
+    epsilon eps / sqrt(1 - beta2^t). Decoupled decay must not shrink with r_t, so it is divided by it first.
+    """
+    device = tensors.params[0].device
+    # The kernel wants counts beside the parameters; a fill does not make the host wait.
+    steps = tensors.steps if device.type == "cpu" else [torch.full((), step, device=device)] * len(tensors.params)
+    kernel = torch._fused_adamw_ if rule.decoupled else torch._fused_adam_
+    kernel(
+        tensors.params,
+        tensors.grads,
+        tensors.exp_avgs,
+        tensors.exp_avg_sqs,
+        [],
+        steps,
+        lr=float(rule.lr) * rect,
+        beta1=rule.beta1,
+        beta2=rule.beta2,
+        weight_decay=rule.weight_decay / rect if rule.decoupled else rule.weight_decay,
+        eps=rule.eps / math.sqrt(1.0 - rule.beta2**step),
+        amsgrad=False,
+        maximize=rule.maximize,
+    )
+
+
+def foreach_update(tensors: Tensors, rule: Rule, step: float, rect: float) -> None:
+    """A step, rectified (``rect > 0``) or early, by torch's multi-tensor operations."""
+    params, grads, exp_avgs, exp_avg_sqs, _ = tensors
+    lr = float(rule.lr)
+    moves = rect > 0.0 or not rule.skip_early
+    if rule.maximize:
+        grads = list(torch._foreach_neg(grads))
+    if rule.weight_decay and rule.decoupled and moves:
+        torch._foreach_mul_(params, 1.0 - lr * rule.weight_decay)
+    elif rule.weight_decay and not rule.decoupled:
+        grads = list(torch._foreach_add(grads, params, alpha=rule.weight_decay))
+    torch._foreach_lerp_(exp_avgs, grads, 1.0 - rule.beta1)
+    torch._foreach_mul_(exp_avg_sqs, rule.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1.0 - rule.beta2)
+    step_size = lr / (1.0 - rule.beta1**step)
+    if rect > 0.0:
+        denominators = torch._foreach_sqrt(exp_avg_sqs)
+        torch._foreach_add_(denominators, rule.eps)
+        scale = step_size * rect * math.sqrt(1.0 - rule.beta2**step)
+        torch._foreach_addcdiv_(params, exp_avgs, denominators, value=-scale)
+    elif moves:
+        torch._foreach_add_(params, exp_avgs, alpha=-step_size)
+
+
+def loop_update(tensors: Tensors, rule: Rule, step: float, rect: float) -> None:
+    """The same step tensor by tensor; autograd may run through it, and ``rule.lr`` may be a tensor."""
+    moves = rect > 0.0 or not rule.skip_early
+    for param, grad, exp_avg, exp_avg_sq in zip(*tensors[:4], strict=True):
+        gradient = -grad if rule.maximize else grad
+        if rule.weight_decay and rule.decoupled and moves:
+            param.mul_(1.0 - rule.lr * rule.weight_decay)
+        elif rule.weight_decay and not rule.decoupled:
+            gradient = gradient.add(param, alpha=rule.weight_decay)
+        exp_avg.lerp_(gradient, 1.0 - rule.beta1)
+        exp_avg_sq.mul_(rule.beta2).addcmul_(gradient, gradient, value=1.0 - rule.beta2)
+        step_size = rule.lr / (1.0 - rule.beta1**step)
+        if rect > 0.0:
+            scale = step_size * rect * math.sqrt(1.0 - rule.beta2**step)
+            param.sub_(exp_avg * scale / (exp_avg_sq.sqrt() + rule.eps))
+        elif moves:
+            param.sub_(exp_avg * step_size)
+
+
+def on_device_update(tensors: Tensors, rule: Rule) -> None:
+    """The same step without a branch on a number, for ``torch.compile`` and CUDA graphs.
+
+    Counts are advanced here. The gate and r_t are computed from them in float64: in the counts' own float32,
+    1 - beta2^t cancels and torch.optim.RAdam rectifies steps that it must not (from beta2 = .9995 on).
+    """
+    torch._foreach_add_(tensors.steps, 1.0)
+    step = torch.stack(tensors.steps).double()
+    rect = rectification(step, rule.beta2, threshold=rule.threshold, rectifier=rule.rectifier)
+    adaptive = rect > 0.0
+    early = 0.0 if rule.skip_early else 1.0
+    step_size = (
+        rule.lr / (1.0 - torch.exp(step * math.log(rule.beta1))) if rule.beta1 else rule.lr * torch.ones_like(step)
+    )
+    scale = step_size * torch.where(adaptive, rect * torch.sqrt(-torch.expm1(step * math.log(rule.beta2))), early)
+    keep = 1.0 - rule.lr * rule.weight_decay * torch.where(adaptive, 1.0, early).double()
+    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(*tensors[:4], strict=True)):
+        gradient = -grad if rule.maximize else grad
+        if rule.weight_decay and rule.decoupled:
+            param.mul_(keep[i].to(param.dtype))
+        elif rule.weight_decay:
+            gradient = gradient.add(param, alpha=rule.weight_decay)
+        exp_avg.lerp_(gradient, 1.0 - rule.beta1)
+        exp_avg_sq.mul_(rule.beta2).addcmul_(gradient, gradient, value=1.0 - rule.beta2)
+        denominator = torch.where(adaptive[i], exp_avg_sq.sqrt() + rule.eps, 1.0)
+        param.sub_(exp_avg * scale[i].to(param.dtype) / denominator)
