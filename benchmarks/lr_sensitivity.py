@@ -17,6 +17,7 @@ import logging
 import multiprocessing
 import os
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_rectify import ImageClassifier, ImageData, RectifiedAdam
 from lightning_rectify._lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning_rectify.modules.base import NonFiniteLossError
+from lightning_rectify.modules.classifier.networks import build_network
 
 NAME = "lr_sensitivity"
 RATES = (0.1, 0.03, 0.01, 0.003)
@@ -58,7 +60,8 @@ class Study:
     batch_size: int
     warmup: int
     val_size: float
-    limit_train_batches: int | None  # None: all
+    width: int  # channels of the CNN's first stage
+    train_size: int | None  # None: all that validation leaves
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,11 @@ def run(cell: Cell, study: Study, root: str | None) -> dict[str, Any]:
         **({} if root is None else {"root": root}),
         batch_size=study.batch_size,
         val_size=study.val_size,
+        train_size=study.train_size,
         seed=SPLIT_SEED,
     )
+    data.setup("fit")  # splits by SPLIT_SEED; the order of the batches is the run's own
+    data.seed = cell.seed
     warmup = study.warmup if cell.optimizer == "Adam with warmup" else 0
     trainer = Trainer(
         max_epochs=study.epochs,
@@ -114,12 +120,11 @@ def run(cell: Cell, study: Study, root: str | None) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_train_batches=study.limit_train_batches,
         check_val_every_n_epoch=study.epochs,  # once, after the last
         callbacks=[loss := TrainLoss()],
     )
     model = ImageClassifier(
-        network="small_cnn",
+        network=build_network("small_cnn", 10, 1, width=study.width).to(memory_format=torch.channels_last),  # faster
         num_classes=10,
         in_channels=1,
         optimizer=partial(OPTIMIZERS[cell.optimizer], lr=cell.lr),
@@ -157,7 +162,7 @@ def execute(cells: Sequence[Cell], study: Study, root: str | None, jobs: int) ->
         yield from (run(cell, study, root) for cell in cells)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, context, initializer=leave_with_parent, initargs=(os.getpid(),)) as pool:
         running = [pool.submit(run, cell, study, root) for cell in cells]
         try:
             for finished in as_completed(running):
@@ -165,6 +170,17 @@ def execute(cells: Sequence[Cell], study: Study, root: str | None, jobs: int) ->
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def leave_with_parent(parent: int) -> None:
+    """End this worker when the study itself is gone (a killed parent would leave it waiting for ever)."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def finished_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -275,6 +291,8 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--epochs", type=int, help="default 6 (quick: 1)")
     arguments.add_argument("--warmup", type=int, default=500, help="steps of Adam's linear warmup")
     arguments.add_argument("--batch-size", type=int, default=128)
+    arguments.add_argument("--width", type=int, default=8, help="channels of the CNN's first stage")
+    arguments.add_argument("--train-size", type=int, help="train on so many images (default: all 54,000)")
     arguments.add_argument("--jobs", type=int, help="processes, one thread each (default 2; quick: 1)")
     arguments.add_argument("--fresh", action="store_true", help="forget what an earlier run left in the result file")
     return arguments.parse_args()
@@ -283,13 +301,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.quick:  # the digits that scikit-learn ships
-        study = Study("digits", args.epochs or 1, args.batch_size, args.warmup, 0.1, 4)
+        study = Study("digits", args.epochs or 1, args.batch_size, args.warmup, 0.1, args.width, 512)
         rates, seeds, root = tuple(args.lr or RATES[:2]), tuple(args.seeds or SEEDS[:1]), None
     else:
-        study = Study("fashion_mnist", args.epochs or 6, args.batch_size, args.warmup, 0.1, None)
+        study = Study("fashion_mnist", args.epochs or 6, args.batch_size, args.warmup, 0.1, args.width, args.train_size)
         rates, seeds, root = tuple(args.lr or RATES), tuple(args.seeds or SEEDS), data_root(args.data)
     path = output_path(NAME, args.out, args.quick)
-    settings = {**asdict(study), "network": "small_cnn", "weight_decay": WEIGHT_DECAY, "split_seed": SPLIT_SEED}
+    settings = {**asdict(study), "network": "small CNN", "weight_decay": WEIGHT_DECAY, "split_seed": SPLIT_SEED}
     rows = [] if args.fresh or args.quick else finished_rows(path, settings)
     done = {(row["optimizer"], row["lr"], row["seed"]) for row in rows}
     # Seed by seed, so that a study cut short still compares all optimizers.

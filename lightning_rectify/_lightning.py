@@ -1,11 +1,13 @@
 """The one door to Lightning.
 
 ``lightning`` and ``pytorch_lightning`` are two packages with the same classes under different types: a ``Trainer`` of
-one refuses modules of the other. This file takes the name that the user has already imported, else ``lightning`` if it
-is installed, else ``pytorch_lightning``. Everything of Lightning that the package uses comes through here.
+one refuses modules of the other. This file takes the name that the user has already imported, else the one in the
+environment variable ``RECTIFY_LIGHTNING`` (for the command line, where nothing of the user's is imported before), else
+``lightning`` if it is installed, else ``pytorch_lightning``. All that the package uses of Lightning comes through here.
 """
 
 import importlib.util
+import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -13,18 +15,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
     from pytorch_lightning.callbacks import ModelCheckpoint
-    from pytorch_lightning.cli import ArgsType, LightningCLI, LRSchedulerCallable, OptimizerCallable
+    from pytorch_lightning.cli import (
+        ArgsType,
+        LightningArgumentParser,
+        LightningCLI,
+        LRSchedulerCallable,
+        OptimizerCallable,
+    )
     from pytorch_lightning.loggers import Logger, TensorBoardLogger
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
     from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 else:
 
     def _choose() -> str:
-        """The Lightning already imported (the earliest, if both are), else the one installed."""
+        """The name already imported (the earliest, if both are), else the one asked for, else the one installed."""
         names = ("lightning.pytorch", "pytorch_lightning")
         for module in sys.modules:  # in the order of import
             if module in names:
                 return module
+        if asked := os.environ.get("RECTIFY_LIGHTNING"):
+            if asked not in names:
+                raise ValueError(f"Expected RECTIFY_LIGHTNING to be one of {', '.join(names)} but got {asked!r}.")
+            return asked
         return names[0] if importlib.util.find_spec("lightning") else names[1]
 
     NAME = _choose()
@@ -42,13 +54,14 @@ else:
         _rank_zero.rank_zero_warn,
     )
     _cli = import_module(f"{NAME}.cli")
-    ArgsType, LightningCLI = _cli.ArgsType, _cli.LightningCLI
+    ArgsType, LightningCLI, LightningArgumentParser = _cli.ArgsType, _cli.LightningCLI, _cli.LightningArgumentParser
     LRSchedulerCallable, OptimizerCallable = _cli.LRSchedulerCallable, _cli.OptimizerCallable
 
 __all__ = [
     "ArgsType",
     "Callback",
     "LRSchedulerCallable",
+    "LightningArgumentParser",
     "LightningCLI",
     "LightningDataModule",
     "LightningModule",

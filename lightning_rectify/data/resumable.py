@@ -92,6 +92,8 @@ class ResumableLoader(DataLoader[Any]):
         A generator, so that the sampler is not asked before the first batch is: on resume Lightning calls ``iter()``
         before ``set_epoch()``, and workers would start on the batches of epoch 0.
         """
+        if self._resume is not None and self._epoch_is_over():
+            return
         owner = self._epoch_owner()
         epoch_outside: int | None = getattr(owner, "epoch", None)
         resume, self._resume = self._resume or {"epoch": None, "batches": 0}, None
@@ -122,6 +124,12 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration start where ``state`` says."""
         self._resume = dict(state)
+
+    def _epoch_is_over(self) -> bool:
+        # Resumed at the end of an epoch, by steps and without validation, Lightning asks for one batch more of it.
+        if self.trainer is None:
+            return False
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready >= self.trainer.num_training_batches
 
     def _epoch_owner(self) -> Any:
         owners = (self.sampler, getattr(self.batch_sampler, "sampler", None), self.batch_sampler)

@@ -9,7 +9,9 @@ from torch.optim import Optimizer
 
 from lightning_rectify.optim.variance import Order
 
-SUPPORTED = "RectifiedAdam, torch.optim.Adam, AdamW, NAdam, RAdam, RMSprop and any other optimizer that keeps `exp_avg_sq`"
+SUPPORTED = (
+    "RectifiedAdam, torch.optim.Adam, AdamW, NAdam, RAdam, RMSprop and any other optimizer that keeps `exp_avg_sq`"
+)
 # Under which name an optimizer keeps its second moment, and its decay in the group.
 _KEYS = ("exp_avg_sq", "square_avg")
 
@@ -65,7 +67,8 @@ def check_supported(optimizer: Any) -> Optimizer:
     for group in getattr(optimizer, "param_groups", [{}]):
         if "alpha" not in group and len(group.get("betas", ())) < 2:
             raise ValueError(
-                f"Expected argument `optimizer` to keep a second moment ({SUPPORTED}) but got {type(optimizer).__name__}."
+                f"Expected argument `optimizer` to keep a second moment ({SUPPORTED}) but got "
+                f"{type(optimizer).__name__}."
             )
     return optimizer
 

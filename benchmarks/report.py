@@ -1,0 +1,217 @@
+"""Write the tables of README.md from the results in benchmarks/results/.
+
+Between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->`` stands what RENDERERS[NAME] makes of the result file named
+before the dot of NAME (``lr_sensitivity.spread`` reads lr_sensitivity.json), with its settings and command below.
+
+    python benchmarks/report.py            # rewrite README.md
+    python benchmarks/report.py --check    # exit with 1 if README.md is not what the results say
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from timing import RESULTS, ROOT
+
+Result = dict[str, Any]
+BLOCK = re.compile(r"(<!-- table:([\w.]+) -->)(.*?)(<!-- /table:\2 -->)", re.DOTALL)
+MARKER = re.compile(r"<!-- /?table:([\w.]+) -->")
+
+
+class ReportError(Exception):
+    """The document or a result file is not as it must be."""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def by_model(rows: Sequence[Result], key: str) -> tuple[list[str], dict[str, dict[str, Result]]]:
+    """The models in order, and the rows as a grid: ``grid[row[key]][model]``."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    grid: dict[str, dict[str, Result]] = {}
+    for row in rows:
+        grid.setdefault(row[key], {})[row["model"]] = row
+    return models, grid
+
+
+def optimizer_step(result: Result) -> str:
+    models, grid = by_model(result["rows"], "optimizer")
+
+    def cell(row: Result | None) -> str:
+        if row is None or row["status"] != "measured":
+            return "not installed" if row else ""
+        return f"{row['median_ms']:.2f} ms ({row['ratio_to_fused_adam']:.2f}×)"
+
+    header = ["median of a step (× fused Adam)", *models]
+    return table(header, ([name, *(cell(cells.get(model)) for model in models)] for name, cells in grid.items()))
+
+
+def monitor_cost(result: Result) -> str:
+    header = [
+        "model",
+        "monitor",
+        "step, plain loop",
+        "step, Trainer",
+        "monitor's hooks",
+        "of the step",
+        "paired blocks",
+    ]
+    return table(
+        [*header, "once a fit"],
+        (
+            [
+                row["model"],
+                row["monitor"],
+                f"{row['step_ms_plain_loop']:.1f} ms",
+                f"{row['step_ms_trainer']:.1f} ms",
+                f"{row['hooks_ms_per_step']:.2f} ms",
+                f"{row['direct_percent']:.2f} %",
+                "{:+.2f} % ({:+.2f} to {:+.2f})".format(row["paired_percent"], *row["paired_percent_quartiles"]),
+                f"{row['once_a_fit_seconds']:.2f} s",
+            ]
+            for row in result["rows"]
+        ),
+    )
+
+
+def lr_sensitivity(result: Result) -> str:
+    rates = sorted({row["lr"] for row in result["table"]}, reverse=True)
+    cells = {(row["optimizer"], row["lr"]): row for row in result["table"]}
+
+    def cell(row: Result | None) -> str:
+        if row is None:
+            return ""
+        deviation = f" ± {100 * row['sd']:.2f}" if row["sd"] is not None else ""
+        diverged = f" ({row['diverged']} of {row['runs']} diverged)" if row["diverged"] else ""
+        return f"{100 * row['mean']:.2f}{deviation}{diverged}"
+
+    optimizers = dict.fromkeys(row["optimizer"] for row in result["table"])
+    return table(
+        ["validation accuracy, %", *(f"lr {rate:g}" for rate in rates)],
+        ([name, *(cell(cells.get((name, rate))) for rate in rates)] for name in optimizers),
+    )
+
+
+def lr_sensitivity_spread(result: Result) -> str:
+    return table(
+        ["means over lr", "range, points", "standard deviation", "worst", "best"],
+        (
+            [
+                row["optimizer"],
+                f"{100 * row['range']:.2f}",
+                f"{100 * row['sd_over_lr']:.2f}" if row["sd_over_lr"] is not None else "",
+                f"{100 * row['worst']:.2f} % at lr {row['worst_lr']:g}",
+                f"{100 * row['best']:.2f} % at lr {row['best_lr']:g}",
+            ]
+            for row in result["sensitivity"]
+        ),
+    )
+
+
+def variance_simulation(result: Result) -> str:
+    listed = result["settings"]["listed_steps"]
+    rows = [row for row in result["rows"] if row["mu"] == 0 and row["t"] in listed]
+    return table(
+        ["step", "Var ψ, simulated", "theory, exact", "variance-matched", "first order", "r² Var ψ, simulated"],
+        (
+            [
+                str(row["t"]),
+                f"{row['variance']:.3e} ± {row['standard_error']:.0e}",
+                *(
+                    "" if row[key] is None else f"{row[key]:.3e}"
+                    for key in ("theory_exact", "theory_variance_matched", "theory_first_order")
+                ),
+                f"{row['rectified_variance']:.3e}",
+            ]
+            for row in rows
+        ),
+    )
+
+
+RENDERERS: dict[str, Callable[[Result], str]] = {
+    "optimizer_step": optimizer_step,
+    "monitor_cost": monitor_cost,
+    "lr_sensitivity": lr_sensitivity,
+    "lr_sensitivity.spread": lr_sensitivity_spread,
+    "variance_simulation": variance_simulation,
+}
+
+
+def footer(result: Result) -> str:
+    """Where the numbers come from: settings, machine, versions, date, command."""
+    found = result["environment"]
+    threads = f"{found['threads']} thread" + ("s" if found["threads"] != 1 else "")
+    machine = ", ".join([*([found["gpu"]] if "gpu" in found else []), found["cpu"], f"{found['cores']} cores", threads])
+    settings = ", ".join(
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in result["settings"].items()
+        if value is not None and not isinstance(value, (list, dict))
+    )
+    return f"{settings}; {machine}; torch {found['torch']}; {result['date']}. Made by `{result['command']}`"
+
+
+def render(name: str, results: Path) -> str:
+    """The text between the markers of one table.
+
+    Raises:
+        ReportError: if nobody renders that name, or its result file is missing.
+    """
+    if name not in RENDERERS:
+        raise ReportError(f"Marker table:{name}: no such table; known are {', '.join(RENDERERS)}.")
+    path = results / f"{name.split('.')[0]}.json"
+    if not path.exists():
+        raise ReportError(
+            f"Marker table:{name}: {path.name} is missing in {results.name}/; run python benchmarks/{path.stem}.py first."
+        )
+    result = json.loads(path.read_text())
+    return f"\n{RENDERERS[name](result)}\n\n<sub>{footer(result)}</sub>\n"
+
+
+def rewrite(text: str, results: Path) -> str:
+    """The document with every table made anew.
+
+    Raises:
+        ReportError: for a marker without its partner, an unknown name or a missing result.
+    """
+    paired = [name for match in BLOCK.finditer(text) for name in (match[2], match[2])]
+    found = MARKER.findall(text)
+    if paired != found:
+        odd = next((a for a, b in zip(found, [*paired, *found], strict=False) if a != b), found[-1])
+        raise ReportError(f"Marker table:{odd}: expected <!-- table:{odd} --> and then <!-- /table:{odd} -->.")
+    return BLOCK.sub(lambda match: match[1] + render(match[2], results) + match[4], text)
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
+    arguments.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    arguments.add_argument("--results", type=Path, default=RESULTS)
+    args = arguments.parse_args()
+    if not args.readme.exists():
+        print(f"{args.readme.name} does not exist.", file=sys.stderr)
+        return 1
+    before = args.readme.read_text()
+    try:
+        after = rewrite(before, args.results)
+    except ReportError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if args.check:
+        if before != after:
+            print(f"{args.readme.name} is out of date: run python benchmarks/report.py.", file=sys.stderr)
+        return int(before != after)
+    if before != after:
+        args.readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

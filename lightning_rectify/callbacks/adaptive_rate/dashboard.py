@@ -1,0 +1,151 @@
+"""How the monitor's numbers are shown: TensorBoard's custom-scalars page, histograms, the CSV and the figure."""
+
+import csv
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_rectify.callbacks.adaptive_rate.quantities import QUANTILES, QUANTITIES
+
+PREFIX = "adaptive_rate"
+#: what one chart shows together, per group
+CHARTS: Mapping[str, tuple[str, ...]] = {
+    "variance of the adaptive rate, measured over theory": ("variance", "theory_variance"),
+    "variance of its logarithm, measured over theory": ("log_variance", "theory_log_variance"),
+    "rectification r_t": ("rectification",),
+    "length of the average rho_t": ("rho",),
+    "mean of the adaptive rate": ("mean",),
+    "surprise: g^2 / v_hat over its expectation": ("update_surprise",),
+    "effective learning rate lr * r_t": ("effective_lr",),
+    "share of coordinates ruled by eps": ("eps_share",),
+    "quantiles of |g|": tuple(QUANTILES),
+}
+
+
+def is_histogram_step(step: int) -> bool:
+    """Whether the paper's own logging code looks at this step (1, 5, 10, 25, 50, 75, 100, 150, 200, every 300)."""
+    return step in (1, 5, 10, 25, 50, 75, 100, 150, 200) or step % 300 == 0
+
+
+def layout(keys: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's custom-scalars layout: a category a group, measured laid over theory.
+
+    Args:
+        keys: names of the groups.
+    """
+    return {
+        f"Adaptive rate of {key}": {
+            title: ["Multiline", [re.escape(f"{PREFIX}/{key}/{quantity}") + "$" for quantity in quantities]]
+            for title, quantities in CHARTS.items()
+        }
+        for key in keys
+    }
+
+
+class CsvStore:
+    """The points on disk: one row a group and step, flushed as they come, so that nothing is lost or held in memory.
+
+    Args:
+        path: file to append to; made, with its header, at the first point.
+    """
+
+    FIELDS = ("group", "step", *QUANTITIES)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, key: str, steps: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+        """Write points of one group.
+
+        Args:
+            key: the group.
+            steps: shape (S,).
+            values: for each quantity an array of shape (S,).
+        """
+        new = not self.path.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(self.FIELDS)
+            for i, step in enumerate(steps):
+                writer.writerow([key, int(step), *(f"{values[name][i]:.9g}" for name in QUANTITIES)])
+
+    def keep_until(self, steps: Mapping[str, int]) -> None:
+        """Drop points that an earlier run in this folder left beyond the step from which this one goes on.
+
+        Args:
+            steps: that step for each group.
+        """
+        if not self.path.exists():
+            return
+        old = self.read()
+        self.path.unlink()
+        for key, table in old.items():
+            kept = table["step"] <= steps.get(key, 0)
+            if kept.any():
+                self.append(key, table["step"][kept], {name: table[name][kept] for name in QUANTITIES})
+
+    def read(self) -> dict[str, dict[str, np.ndarray]]:
+        """All points: per group, "step" and each quantity as an array."""
+        rows: dict[str, list[list[float]]] = defaultdict(list)
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                reader = csv.reader(file)
+                next(reader)
+                for key, *numbers in reader:
+                    rows[key].append([float(number) for number in numbers])
+        return {key: dict(zip(self.FIELDS[1:], np.array(table).T, strict=True)) for key, table in rows.items()}
+
+
+def draw(points: Mapping[str, Mapping[str, np.ndarray]], keys: Sequence[str]) -> Figure:
+    """The figure that a fit ends with: one row a group.
+
+    Args:
+        points: as :meth:`CsvStore.read` gives them.
+        keys: which groups, top to bottom.
+    """
+    keys = [key for key in keys if key in points]
+    figure = Figure(figsize=(17, 3.6 * max(len(keys), 1) + 0.4), layout="constrained")
+    axes = figure.subplots(max(len(keys), 1), 4, squeeze=False)
+    for row, key in zip(axes, keys, strict=False):
+        table = _thin(points[key])
+        step = table["step"]
+        early = step[table["rectification"] == 0.0]
+        for ax in row:
+            ax.set_xscale("log")
+            ax.set_xlabel("optimizer step")
+            if len(early) and early[0] < step[-1]:
+                ax.axvspan(step[0], early[-1] + 0.5, color="0.92", zorder=0)
+        variance, logarithm, rate, gradient = row
+        variance.plot(step, table["variance"], label="measured, over coordinates")
+        variance.plot(step, table["theory_variance"], "k--", label="theory at this scale")
+        variance.set(title=f"{key}: variance of the adaptive rate", yscale="log")
+        logarithm.plot(step, table["log_variance"], label="measured, over coordinates")
+        logarithm.plot(step, table["theory_log_variance"], "k--", label="theory, equal scales")
+        logarithm.set(title=f"{key}: variance of its logarithm", yscale="log")
+        rate.plot(step, table["rectification"], label="rectification $r_t$")
+        rate.plot(step, np.clip(table["update_surprise"], 0, 5), label="update surprise (1 = expected)", alpha=0.7)
+        rate.plot(step, table["eps_share"], label="share ruled by eps", alpha=0.7)
+        rate.set(title=f"{key}: rectification and surprise", ylim=(-0.05, None))
+        for name, style in zip(QUANTILES, (":", "--", "-", "--", ":"), strict=True):
+            gradient.plot(step, np.maximum(table[name], 1e-12), "C0" + style, label=name.removeprefix("gradient_"))
+        gradient.set(title=f"{key}: quantiles of |g|", yscale="log")
+        for ax in row:
+            ax.legend(fontsize=8)
+            ax.grid(alpha=0.3)
+    return figure
+
+
+def _thin(table: Mapping[str, np.ndarray], most: int = 2000) -> dict[str, np.ndarray]:
+    """At most ``most`` points, dense where the log axis is."""
+    count = len(table["step"])
+    if count <= most:
+        return dict(table)
+    keep = np.unique(np.geomspace(1, count, most).astype(int) - 1)
+    return {name: column[keep] for name, column in table.items()}
