@@ -15,6 +15,7 @@ What a fit costs once (set-up, the first steps with their histograms, CSV and fi
 import contextlib
 import copy
 import gc
+import statistics
 import tempfile
 import time
 import warnings
@@ -36,6 +37,7 @@ from lightning_rectify.modules.classifier.networks import build_network
 
 NAME = "monitor_cost"
 SETTINGS: dict[str, dict[str, Any]] = {"default": {}, "exact": {"sample_size": None}}
+BUFFER = 50  # steps between two flushes of the monitor at Lightning's default log_every_n_steps
 STEP_HOOKS = ("on_train_batch_", "on_before_", "on_after_", "optimizer")  # the others run once a fit or an epoch
 
 
@@ -159,18 +161,22 @@ class Meter:
 class Turns(Callback):
     """Cuts the fit into blocks: a first one with the monitor on, then rounds of plain loop, off and on by turns.
 
+    The monitor works up its readings when a buffer is full, every ``BUFFER`` steps: the first block is one buffer long,
+    a round has so many blocks that it holds that once, and a round's samples are means over all of it.
+
     It stands first among the callbacks, so a block runs from one ``on_train_batch_start`` to another and holds whole
     steps.
     """
 
-    def __init__(self, meter: Meter, plain: Callable[[int], float], first: int, block: int, rounds: int) -> None:
+    def __init__(self, meter: Meter, plain: Callable[[int], float], block: int, rounds: int) -> None:
         self.meter, self.plain, self.block = meter, plain, block
+        self.blocks_a_round = -(-BUFFER // block)
         # On-off, off-on, ...: drift within a round cancels over two rounds.
         turns = ((True, False), (False, True))
-        self.plan = [(True, first)] + [(on, block) for index in range(rounds) for on in turns[index % 2]]
+        pairs = rounds * self.blocks_a_round
+        self.plan = [(True, BUFFER)] + [(on, block) for index in range(pairs) for on in turns[index % 2]]
         self.steps = sum(length for _, length in self.plan)
-        self.samples: dict[str, list[float]] = {"plain": [], "off": [], "on": []}  # seconds a step, one a block
-        self.inside: list[float] = []  # seconds a step in the monitor's hooks, one a block that is on
+        self.blocks: dict[str, list[float]] = {"plain": [], "off": [], "on": [], "inside": []}  # seconds a step
         self.first = 0.0
         self._left, self._index, self._begin, self._before = 0, -1, 0.0, 0.0
 
@@ -184,11 +190,16 @@ class Turns(Callback):
         self._finish()
         self.meter.on = True
 
+    def samples(self, kind: str) -> list[float]:
+        """Seconds a step: "plain", "off", "on", or "inside" the hooks while on; one number a round."""
+        blocks, size = self.blocks[kind], self.blocks_a_round
+        return [sum(blocks[i : i + size]) / size for i in range(0, len(blocks), size)]
+
     def _start(self) -> None:
         self._index += 1
         on, self._left = self.plan[self._index]
-        if self._index % 2 == 1:  # a round begins
-            self.samples["plain"].append(self.plain(self.block))
+        if self._index % 2 == 1:  # a pair of blocks begins
+            self.blocks["plain"].append(self.plain(self.block))
         gc.collect()  # what one block leaves is not the next one's to clear away
         self.meter.on, self._before, self._begin = on, self.meter.step_seconds(), time.perf_counter()
 
@@ -201,9 +212,9 @@ class Turns(Callback):
         if self._index == 0:
             self.first = inside
             return
-        self.samples["on" if on else "off"].append(seconds / length)
+        self.blocks["on" if on else "off"].append(seconds / length)
         if on:
-            self.inside.append(inside / length)
+            self.blocks["inside"].append(inside / length)
 
 
 def plain_loop(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Callable[[int], float]:
@@ -222,7 +233,7 @@ def plain_loop(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Call
     return steps
 
 
-def measure(task: str, setting: str, first: int, block: int, rounds: int) -> dict[str, Any]:
+def measure(task: str, setting: str, block: int, rounds: int) -> dict[str, Any]:
     """One row: one fit of one task with one setting of the monitor."""
     seed_everything(0, verbose=False)
     network, batches = TASKS[task]()
@@ -230,7 +241,7 @@ def measure(task: str, setting: str, first: int, block: int, rounds: int) -> dic
     plain = plain_loop(copy.deepcopy(network).train(), batches)
     with torch.enable_grad():
         plain(2)
-    turns = Turns(meter, plain, first, block, rounds)
+    turns = Turns(meter, plain, block, rounds)
     monitor = meter.watch(AdaptiveRateMonitor(**SETTINGS[setting]))
     with tempfile.TemporaryDirectory() as folder, quiet():
         begin = time.perf_counter()
@@ -249,19 +260,17 @@ def measure(task: str, setting: str, first: int, block: int, rounds: int) -> dic
 
 
 def row_of(task: str, setting: str, turns: Turns, meter: Meter, total: float, parameters: int) -> dict[str, Any]:
-    on, off, plain = (turns.samples[name] for name in ("on", "off", "plain"))
-    inside = turns.inside
+    on, off, plain, inside = (turns.samples(kind) for kind in ("on", "off", "plain", "inside"))
     direct = ratio_of(inside, [step - hooks for step, hooks in zip(on, inside, strict=True)])
     paired = ratio_of(on, off)
-    middle = {name: sorted(values)[len(values) // 2] * 1e3 for name, values in turns.samples.items()}
     return {
         "model": task,
         "parameters": parameters,
         "monitor": setting,
-        "step_ms_plain_loop": middle["plain"],
-        "step_ms_trainer": middle["off"],
-        "step_ms_trainer_and_monitor": middle["on"],
-        "hooks_ms_per_step": 1e3 * sum(inside) / len(inside),
+        "step_ms_plain_loop": 1e3 * statistics.median(plain),
+        "step_ms_trainer": 1e3 * statistics.median(off),
+        "step_ms_trainer_and_monitor": 1e3 * statistics.median(on),
+        "hooks_ms_per_step": 1e3 * statistics.median(inside),
         "direct_percent": 100 * direct.median,
         "direct_percent_quartiles": [100 * direct.low, 100 * direct.high],
         "paired_percent": 100 * (paired.median - 1),
@@ -298,22 +307,22 @@ def main() -> None:
     arguments = parser(__doc__, NAME)
     arguments.add_argument("--models", nargs="+", choices=list(TASKS), help="default: both real ones")
     arguments.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    arguments.add_argument("--rounds", type=int, help="blocks of each kind (default 20; quick: 2)")
-    arguments.add_argument("--block", type=int, help="steps in a block (default 10; quick: 3)")
-    arguments.add_argument("--first", type=int, help="steps before the rounds (default 20; quick: 11)")
+    arguments.add_argument("--rounds", type=int, help="rounds of 50 steps of each kind (default 8; quick: 2)")
+    arguments.add_argument("--block", type=int, help="steps in a block (default 10)")
     arguments.add_argument("--threads", type=int, help="torch's intra-op threads (default: torch's own choice)")
     args = arguments.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.block and BUFFER % args.block:
+        arguments.error(f"--block: expected a divisor of {BUFFER} but got {args.block}")
     models = args.models or ([list(TASKS)[-1]] if args.quick else list(TASKS)[:-1])
-    rounds, block = args.rounds or (2 if args.quick else 20), args.block or (3 if args.quick else 10)
-    first = args.first or (11 if args.quick else 20)
+    rounds, block = args.rounds or (2 if args.quick else 8), args.block or 10
     rows = []
     for model in models:
         for setting in args.settings:
-            rows.append(measure(model, setting, first, block, rounds))
+            rows.append(measure(model, setting, block, rounds))
             print(describe(rows[-1]), flush=True)
-    settings = {"rounds": rounds, "steps_a_block": block, "first_steps": first, "monitors": SETTINGS}
+    settings = {"rounds": rounds, "steps_a_block": block, "first_steps": BUFFER, "monitors": SETTINGS}
     path = output_path(NAME, args.out, args.quick)
     write_result(path, NAME, settings, rows, environment=environment(packages=("tensorboard",)))
 

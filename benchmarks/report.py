@@ -55,17 +55,9 @@ def optimizer_step(result: Result) -> str:
 
 
 def monitor_cost(result: Result) -> str:
-    header = [
-        "model",
-        "monitor",
-        "step, plain loop",
-        "step, Trainer",
-        "monitor's hooks",
-        "of the step",
-        "paired blocks",
-    ]
+    header = ["model", "monitor", "step, plain loop", "step, Trainer", "monitor's hooks", "of the step"]
     return table(
-        [*header, "once a fit"],
+        [*header, "paired blocks", f"hooks, first {result['settings']['first_steps']} steps", "once a fit"],
         (
             [
                 row["model"],
@@ -75,6 +67,7 @@ def monitor_cost(result: Result) -> str:
                 f"{row['hooks_ms_per_step']:.2f} ms",
                 f"{row['direct_percent']:.2f} %",
                 "{:+.2f} % ({:+.2f} to {:+.2f})".format(row["paired_percent"], *row["paired_percent_quartiles"]),
+                f"{row['first_steps_seconds']:.2f} s",
                 f"{row['once_a_fit_seconds']:.2f} s",
             ]
             for row in result["rows"]
@@ -151,11 +144,13 @@ def footer(result: Result) -> str:
     threads = f"{found['threads']} thread" + ("s" if found["threads"] != 1 else "")
     machine = ", ".join([*([found["gpu"]] if "gpu" in found else []), found["cpu"], f"{found['cores']} cores", threads])
     settings = ", ".join(
-        f"{name.replace('_', ' ')} {value}"
+        f"{name.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}"
         for name, value in result["settings"].items()
         if value is not None and not isinstance(value, (list, dict))
     )
-    return f"{settings}; {machine}; torch {found['torch']}; {result['date']}. Made by `{result['command']}`"
+    packages = ("torch", "pytorch-lightning", "pytorch-optimizer")
+    versions = ", ".join(f"{name} {found[name]}" for name in packages if name in found)
+    return f"{settings}; {machine}; {versions}; {result['date']}. Made by `{result['command']}`"
 
 
 def render(name: str, results: Path) -> str:
@@ -169,7 +164,8 @@ def render(name: str, results: Path) -> str:
     path = results / f"{name.split('.')[0]}.json"
     if not path.exists():
         raise ReportError(
-            f"Marker table:{name}: {path.name} is missing in {results.name}/; run python benchmarks/{path.stem}.py first."
+            f"Marker table:{name}: {path.name} is missing in {results.name}/; "
+            f"run python benchmarks/{path.stem}.py first."
         )
     result = json.loads(path.read_text())
     return f"\n{RENDERERS[name](result)}\n\n<sub>{footer(result)}</sub>\n"

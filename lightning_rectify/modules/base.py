@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lightning_rectify._lightning import LightningModule, LRSchedulerCallable, OptimizerCallable
 from lightning_rectify.optim.rectified_adam import RectifiedAdam
 
+_RANDOM_STATE = "lightning_rectify_random_state"
+
 
 class NonFiniteLossError(ArithmeticError):
     """A player's loss was NaN or infinite; raised before the step, so weights and last checkpoint stay good."""
@@ -26,6 +28,8 @@ class RectifiedModule(LightningModule):
     schedulers, networks and other objects are left out, also when a subclass calls ``save_hyperparameters()`` itself
     (which it need not do: its arguments are collected without it). Checkpoints therefore load with
     ``weights_only=True``, Lightning's default.
+
+    A checkpoint also holds each rank's random state (dropout draws from it), so that a resumed run goes on bit for bit.
 
     A loss that is not finite raises :class:`NonFiniteLossError` before the backward pass; the check reads one number
     a step.
@@ -58,6 +62,7 @@ class RectifiedModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
         self._compile = compile
+        self._random_state: dict[str, Tensor] | None = None
         self.save_hyperparameters()
 
     # -- hooks to override ---------------------------------------------------------------------------------------------
@@ -103,6 +108,32 @@ class RectifiedModule(LightningModule):
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop at a loss that is not finite, before it reaches a gradient or a weight."""
         self.check_finite(loss, player="model")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the random state of every rank."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.trainer.world_size > 1:
+            states = {name: self.all_gather(state).cpu() for name, state in states.items()}
+        else:
+            states = {name: state.unsqueeze(0) for name, state in states.items()}
+        checkpoint[_RANDOM_STATE] = states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the random states until training goes on."""
+        self._random_state = checkpoint.get(_RANDOM_STATE)
+
+    def on_train_start(self) -> None:
+        """Go on with this rank's random state; a rank that was not there before keeps the one it has."""
+        saved, self._random_state = self._random_state, None
+        for name, states in (saved or {}).items():
+            if self.global_rank >= len(states):
+                continue
+            if name == "cpu":
+                torch.set_rng_state(states[self.global_rank].cpu())
+            elif self.device.type == name:
+                torch.cuda.set_rng_state(states[self.global_rank].cpu(), self.device)
 
     def check_finite(self, loss: Tensor, player: str) -> None:
         """Raise unless the loss is finite.

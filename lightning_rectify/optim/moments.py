@@ -52,7 +52,7 @@ class RectifierOptions(NamedTuple):
 
 def unwrap(optimizer: Any) -> Optimizer:
     """The torch optimizer inside Lightning's, DeepSpeed's or another wrapper that has it as ``optimizer``."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer) or hasattr(inner, "optimizer"):
         optimizer = inner
     return optimizer
 

@@ -124,20 +124,26 @@ def draw(points: Mapping[str, Mapping[str, np.ndarray]], keys: Sequence[str]) ->
                 ax.axvspan(step[0], early[-1] + 0.5, color="0.92", zorder=0)
         variance, logarithm, rate, gradient = row
         variance.plot(step, table["variance"], label="measured, over coordinates")
-        variance.plot(step, table["theory_variance"], "k--", label="theory at this scale")
+        variance.plot(step, table["theory_variance"], "k--", label="theory, equal scales")
         variance.set(title=f"{key}: variance of the adaptive rate", yscale="log")
         logarithm.plot(step, table["log_variance"], label="measured, over coordinates")
         logarithm.plot(step, table["theory_log_variance"], "k--", label="theory, equal scales")
         logarithm.set(title=f"{key}: variance of its logarithm", yscale="log")
-        rate.plot(step, table["rectification"], label="rectification $r_t$")
-        rate.plot(step, np.clip(table["update_surprise"], 0, 5), label="update surprise (1 = expected)", alpha=0.7)
-        rate.plot(step, table["eps_share"], label="share ruled by eps", alpha=0.7)
-        rate.set(title=f"{key}: rectification and surprise", ylim=(-0.05, None))
-        for name, style in zip(QUANTILES, (":", "--", "-", "--", ":"), strict=True):
-            gradient.plot(step, np.maximum(table[name], 1e-12), "C0" + style, label=name.removeprefix("gradient_"))
-        gradient.set(title=f"{key}: quantiles of |g|", yscale="log")
+        rate.plot(step, np.clip(table["update_surprise"], 0, 3), "C1", lw=0.7, label="update surprise (1: as expected)")
+        rate.plot(step, table["eps_share"], "C2", label="share ruled by eps")
+        rate.plot(step, table["rectification"], "C0", lw=2, label="rectification $r_t$")
+        rate.set(title=f"{key}: rectification, surprise, eps", ylim=(-0.05, 3.05))
+        bands = {name: np.maximum(table[name], 1e-12) for name in QUANTILES}
+        gradient.fill_between(
+            step, bands["gradient_q05"], bands["gradient_q95"], color="C0", alpha=0.2, label="5 % to 95 %", lw=0
+        )
+        gradient.fill_between(
+            step, bands["gradient_q25"], bands["gradient_q75"], color="C0", alpha=0.4, label="25 % to 75 %", lw=0
+        )
+        gradient.plot(step, bands["gradient_median"], "C0", lw=0.8, label="median")
+        gradient.set(title=f"{key}: |g| over coordinates", yscale="log")
         for ax in row:
-            ax.legend(fontsize=8)
+            ax.legend(fontsize=8, loc="best")
             ax.grid(alpha=0.3)
     return figure
 

@@ -115,7 +115,7 @@ def measure(block: Block) -> Points:
     v_hat = v / correction if block.corrected else v
     root = np.sqrt(v_hat)
     eps = block.eps / np.sqrt(correction) if block.eps_before_correction else block.eps
-    seen = t > 0
+    seen = np.broadcast_to(t > 0, v.shape)
     live = seen & (root > eps)
     live |= ~live.any(axis=1, keepdims=True) & seen  # nothing is live: show the rate that eps makes
     with np.errstate(divide="ignore"):

@@ -1,0 +1,21 @@
+"""Fixtures that every room shares: nothing leaks from one test into the next."""
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _restore_process_state(tmp_path, monkeypatch):
+    """Run in a folder of its own, and leave environment, default dtype, determinism and process group as found."""
+    monkeypatch.chdir(tmp_path)
+    environment, dtype = dict(os.environ), torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
