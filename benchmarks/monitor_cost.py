@@ -307,7 +307,7 @@ def main() -> None:
     arguments = parser(__doc__, NAME)
     arguments.add_argument("--models", nargs="+", choices=list(TASKS), help="default: both real ones")
     arguments.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    arguments.add_argument("--rounds", type=int, help="rounds of 50 steps of each kind (default 8; quick: 2)")
+    arguments.add_argument("--rounds", type=int, help="rounds of 50 steps of each kind (default 8; quick: 1)")
     arguments.add_argument("--block", type=int, help="steps in a block (default 10)")
     arguments.add_argument("--threads", type=int, help="torch's intra-op threads (default: torch's own choice)")
     args = arguments.parse_args()
@@ -316,7 +316,7 @@ def main() -> None:
     if args.block and BUFFER % args.block:
         arguments.error(f"--block: expected a divisor of {BUFFER} but got {args.block}")
     models = args.models or ([list(TASKS)[-1]] if args.quick else list(TASKS)[:-1])
-    rounds, block = args.rounds or (2 if args.quick else 8), args.block or 10
+    rounds, block = args.rounds or (1 if args.quick else 8), args.block or 10
     rows = []
     for model in models:
         for setting in args.settings:

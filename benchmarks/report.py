@@ -185,12 +185,12 @@ def rewrite(text: str, results: Path) -> str:
     return BLOCK.sub(lambda match: match[1] + render(match[2], results) + match[4], text)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
     arguments.add_argument("--readme", type=Path, default=ROOT / "README.md")
     arguments.add_argument("--results", type=Path, default=RESULTS)
-    args = arguments.parse_args()
+    args = arguments.parse_args(argv)
     if not args.readme.exists():
         print(f"{args.readme.name} does not exist.", file=sys.stderr)
         return 1

@@ -104,23 +104,24 @@ def test_command_hides_paths(timing: ModuleType) -> None:
     assert command == 'python benchmarks/x.py --data "$LIGHTNING_RECTIFY_DATA" --lr 0.1'
 
 
-def test_report_writes_checks_and_complains(tmp_path: Path, timing: ModuleType, report: ModuleType) -> None:
+def test_report_writes_checks_and_complains(
+    tmp_path: Path, timing: ModuleType, report: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
     arguments = ("--readme", str(readme), "--results", str(results))
     readme.write_text("before\n<!-- table:optimizer_step -->\nold\n<!-- /table:optimizer_step -->\nafter\n")
-    missing = call("report", *arguments)
-    assert missing.returncode == 1
-    assert "optimizer_step.json is missing" in missing.stderr
+    assert report.main(arguments) == 1
+    assert "optimizer_step.json is missing" in capsys.readouterr().err
 
     row = {"model": "m", "optimizer": "o", "status": "measured", "median_ms": 1.5, "ratio_to_fused_adam": 1.25}
     timing.write_result(results / "optimizer_step.json", "optimizer_step", {"rounds": 3}, [row])
-    assert call("report", *arguments, "--check").returncode == 1
-    assert call("report", *arguments).returncode == 0
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0
     text = readme.read_text()
     assert "| o | 1.50 ms (1.25×) |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert call("report", *arguments, "--check").returncode == 0
+    assert call("report", *arguments, "--check").returncode == 0  # as a script
 
     with pytest.raises(report.ReportError, match="no such table"):
         report.rewrite("<!-- table:nothing -->\n<!-- /table:nothing -->", results)

@@ -115,7 +115,7 @@ class RectifiedModule(LightningModule):
         if self.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         if self.trainer.world_size > 1:
-            states = {name: self.all_gather(state).cpu() for name, state in states.items()}
+            states = {name: torch.as_tensor(self.all_gather(state)).cpu() for name, state in states.items()}
         else:
             states = {name: state.unsqueeze(0) for name, state in states.items()}
         checkpoint[_RANDOM_STATE] = states

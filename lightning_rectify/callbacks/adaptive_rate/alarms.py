@@ -9,7 +9,7 @@ from lightning_rectify.callbacks.adaptive_rate.quantities import Block, Points
 from lightning_rectify.optim.moments import RectifierOptions
 from lightning_rectify.optim.variance import effective_warmup, rectification, sma_limit
 
-_JUMP = 10.0  # momentum steps this many times larger than the first rectified one
+_JUMP = 30.0  # momentum steps this many times larger than the first rectified one: median |g| of about 0.8
 _EPS_SHARE = 0.5  # of the coordinates, for this many points in a row:
 _EPS_POINTS = 10
 _STALLED_SHARE = 0.5
