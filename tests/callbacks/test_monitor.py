@@ -120,13 +120,22 @@ def test_numbers_are_those_of_the_optimizer(name):
     assert table["gradient_median"][-1] == pytest.approx(gradient.quantile(0.5).item(), rel=1e-6)
 
 
+class Wide(Regression):
+    """200 units: 1,601 coordinates."""
+
+    def __init__(self):
+        torch.manual_seed(3)
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(6, 200), torch.nn.Linear(200, 1)
+
+
 def test_sampled_is_near_exact():
-    exact = points(fit(Regression(), AdaptiveRateMonitor(sample_size=None)))["model"]
-    sampled = points(fit(Regression(), AdaptiveRateMonitor(sample_size=24)))["model"]
+    exact = points(fit(Wide(), AdaptiveRateMonitor(sample_size=None)))["model"]
+    sampled = points(fit(Wide(), AdaptiveRateMonitor(sample_size=800)))["model"]
     assert (exact["rho"] == sampled["rho"]).all()
     assert (exact["log_variance"] != sampled["log_variance"]).any()
-    # 24 of 41 coordinates: a relative error of sqrt(2/24) = 29 %, a third off for sampling without replacement.
-    np.testing.assert_allclose(sampled["log_variance"], exact["log_variance"], rtol=0.9)
+    # Three standard errors: sqrt(2/800) = 5 % for a normal law, less for half of all coordinates without replacement.
+    np.testing.assert_allclose(sampled["log_variance"], exact["log_variance"], rtol=0.15)
 
 
 def test_training_is_not_touched():
