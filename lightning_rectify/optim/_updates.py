@@ -5,12 +5,17 @@ but in the on-device form, share one step count; ``RectifiedAdam`` sees to that.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_rectify.optim.variance import Order, rectification
+from lightning_rectify.optim._options import FUSED_DEVICES, Rule
+from lightning_rectify.optim.variance import rectification
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class Tensors(NamedTuple):
@@ -21,21 +26,6 @@ class Tensors(NamedTuple):
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
-
-
-class Rule(NamedTuple):
-    """What an update does besides its tensors; a group's options at one step."""
-
-    lr: Any  # float, or a 0-dim tensor in the for-loop and on-device forms
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    decoupled: bool
-    maximize: bool
-    skip_early: bool
-    threshold: float
-    rectifier: Order
 
 
 def fused_update(tensors: Tensors, rule: Rule, step: float, rect: float) -> None:
@@ -134,3 +124,29 @@ def on_device_update(tensors: Tensors, rule: Rule) -> None:
         exp_avg_sq.mul_(rule.beta2).addcmul_(gradient, gradient, value=1.0 - rule.beta2)
         denominator = torch.where(adaptive[i], exp_avg_sq.sqrt() + rule.eps, 1.0)
         param.sub_(exp_avg * scale[i].to(param.dtype) / denominator)
+
+
+@contextmanager
+def working_copies(batch: Tensors) -> Iterator[Tensors]:
+    """Real tensors in at least float32 to work on; low-precision parameters are written back at the end."""
+    if batch.params[0].dtype in LOW_PRECISION:
+        params = [param.float() for param in batch.params]
+        yield batch._replace(params=params, grads=[grad.float() for grad in batch.grads])
+        torch._foreach_copy_(batch.params, params)
+    elif batch.params[0].is_complex():
+        real = [[torch.view_as_real(tensor) for tensor in column] for column in batch[:4]]
+        yield Tensors(real[0], real[1], real[2], real[3], batch.steps)
+    else:
+        yield batch
+
+
+def fused_serves(work: Tensors) -> bool:
+    """Whether the fused kernels can take these tensors.
+
+    They walk memory: wrapper tensors, and gradients laid out unlike their parameter, must go another way.
+    """
+    return work.params[0].device.type in FUSED_DEVICES and all(
+        type(param) in (Tensor, torch.nn.Parameter)
+        and param.stride() == grad.stride() == exp_avg.stride() == exp_avg_sq.stride()
+        for param, grad, exp_avg, exp_avg_sq, _ in zip(*work, strict=True)
+    )

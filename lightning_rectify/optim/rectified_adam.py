@@ -1,8 +1,6 @@
 """RectifiedAdam: torch's RAdam, fused, with the paper's choices as arguments."""
 
-import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -10,19 +8,20 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_rectify.optim._options import check_options, rectification_of, rule_of
 from lightning_rectify.optim._updates import (
-    Rule,
+    LOW_PRECISION,
     Tensors,
     foreach_update,
+    fused_serves,
     fused_update,
     loop_update,
     on_device_update,
+    working_copies,
 )
-from lightning_rectify.optim.variance import Order, check_rectifies, rectification, sma_length
+from lightning_rectify.optim.variance import Order, sma_length
 
 EarlyPhase = Literal["momentum", "skip"]
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
-_FUSED_DEVICES = ("cpu", "cuda")
 
 
 class RectifiedRate(NamedTuple):
@@ -151,7 +150,7 @@ class RectifiedAdam(torch.optim.RAdam):
         """
         super().add_param_group(param_group)
         try:
-            _check_options(self.param_groups[-1])
+            check_options(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -173,7 +172,7 @@ class RectifiedAdam(torch.optim.RAdam):
                     if any(rate.step == step for rate in self._rates):
                         return self._rates
         self._rates = [
-            _rate(index, group, step, _rectification(group, step), tensors)
+            _rate(index, group, step, rectification_of(group, step), tensors)
             for index, group in enumerate(self.param_groups)
             for step, tensors in counts[index].items()
         ]
@@ -205,8 +204,8 @@ class RectifiedAdam(torch.optim.RAdam):
             for index, group in enumerate(self.param_groups):
                 for step, batch in self._batches(group, by_count=not on_device):
                     if step is None:
-                        with _working_copies(batch) as work:
-                            on_device_update(work, _rule(group, work))
+                        with working_copies(batch) as work:
+                            on_device_update(work, rule_of(group, work.params[0].dtype))
                     else:
                         rates.append(_update(index, group, step, batch, scale))
         self._rates = rates
@@ -227,7 +226,7 @@ class RectifiedAdam(torch.optim.RAdam):
                 continue
             if not group["capturable"]:
                 state["step"] = state["step"].cpu()
-            if param.dtype in _LOW_PRECISION:
+            if param.dtype in LOW_PRECISION:
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = original[name].to(device=param.device, dtype=torch.float32, copy=True)
 
@@ -269,7 +268,7 @@ class RectifiedAdam(torch.optim.RAdam):
 def _fill_state(state: dict[str, Any], param: Tensor, capturable: bool) -> None:
     # Counts on the CPU are read without waiting for a device.
     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if capturable else "cpu")
-    dtype = torch.float32 if param.dtype in _LOW_PRECISION else param.dtype
+    dtype = torch.float32 if param.dtype in LOW_PRECISION else param.dtype
     for name in ("exp_avg", "exp_avg_sq"):
         state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
@@ -280,64 +279,18 @@ def _update(index: int, group: dict[str, Any], step: float, batch: Tensors, scal
     torch._foreach_add_(batch.steps, torch.tensor(1.0), alpha=1.0)
     if scale is not None:
         torch._foreach_div_(batch.grads, scale.to(batch.grads[0].device))
-    rect = _rectification(group, step)
-    with _working_copies(batch) as work:
-        if rect > 0.0 and _fused_serves(group, work):
+    rect = rectification_of(group, step)
+    with working_copies(batch) as work:
+        # Unless the user chose a way, rectified steps are fused.
+        fused = group["fused"] or (group["fused"] is None and group["foreach"] is None and not group["differentiable"])
+        if rect > 0.0 and fused and fused_serves(work):
             update = fused_update
         elif group["differentiable"] or (group["foreach"] is False and not group["fused"]):
             update = loop_update
         else:
             update = foreach_update
-        update(work, _rule(group, work), step, rect)
+        update(work, rule_of(group, work.params[0].dtype), step, rect)
     return _rate(index, group, step, rect, len(batch.params))
-
-
-def _rectification(group: dict[str, Any], step: float) -> float:
-    return rectification(step, group["betas"][1], threshold=group["threshold"], rectifier=group["rectifier"])
-
-
-def _fused_serves(group: dict[str, Any], work: Tensors) -> bool:
-    asked = group["fused"]
-    if asked is None:
-        asked = group["foreach"] is None and not group["differentiable"]
-    if not asked or work.params[0].device.type not in _FUSED_DEVICES:
-        return False
-    # The kernels walk memory: wrapper tensors and gradients laid out unlike their parameter go another way.
-    return all(
-        type(param) in (Tensor, torch.nn.Parameter)
-        and param.stride() == grad.stride() == exp_avg.stride() == exp_avg_sq.stride()
-        for param, grad, exp_avg, exp_avg_sq, _ in zip(*work, strict=True)
-    )
-
-
-@contextmanager
-def _working_copies(batch: Tensors) -> Iterator[Tensors]:
-    """Real tensors in at least float32 to work on; low-precision parameters are written back at the end."""
-    if batch.params[0].dtype in _LOW_PRECISION:
-        params = [param.float() for param in batch.params]
-        yield batch._replace(params=params, grads=[grad.float() for grad in batch.grads])
-        torch._foreach_copy_(batch.params, params)
-    elif batch.params[0].is_complex():
-        real = [[torch.view_as_real(tensor) for tensor in column] for column in batch[:4]]
-        yield Tensors(real[0], real[1], real[2], real[3], batch.steps)
-    else:
-        yield batch
-
-
-def _rule(group: dict[str, Any], work: Tensors) -> Rule:
-    return Rule(
-        lr=group["lr"],
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        # Zero over (zero + eps) must be zero also with eps = 0; the smallest normal number changes nothing else.
-        eps=max(group["eps"], torch.finfo(work.params[0].dtype).tiny),
-        weight_decay=group["weight_decay"],
-        decoupled=group["decoupled_weight_decay"],
-        maximize=group["maximize"],
-        skip_early=group["early_phase"] == "skip",
-        threshold=group["threshold"],
-        rectifier=group["rectifier"],
-    )
 
 
 def _rate(index: int, group: dict[str, Any], step: float, rect: float, tensors: int) -> RectifiedRate:
@@ -345,34 +298,3 @@ def _rate(index: int, group: dict[str, Any], step: float, rect: float, tensors: 
     share = {"rectified": rect, "momentum": 1.0, "skip": 0.0}[phase]
     rho = sma_length(step, group["betas"][1])
     return RectifiedRate(index, int(step), rho, rect, phase, float(group["lr"]) * share, tensors)
-
-
-def _check_options(group: dict[str, Any]) -> None:
-    """Raise ValueError for an option of a group that is out of its range."""
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(
-            f"Expected argument `lr` to be a number or a 1-element tensor but got shape {tuple(lr.shape)}."
-        )
-    for name, value in (("lr", lr), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
-        if not (value >= 0.0 and math.isfinite(value)):
-            raise ValueError(f"Expected argument `{name}` to be a number >= 0 but got {value}.")
-    if not 0.0 <= beta1 < 1.0:
-        raise ValueError(f"Expected argument `betas[0]` to be in [0, 1) but got {beta1}.")
-    check_rectifies(beta2, group["threshold"], group["rectifier"])
-    if group["early_phase"] not in ("momentum", "skip"):
-        raise ValueError(
-            f"Expected argument `early_phase` to be 'momentum' or 'skip' but got {group['early_phase']!r}."
-        )
-    excluded = [name for name in ("foreach", "capturable", "differentiable") if group[name]]
-    if group["fused"] and excluded:
-        raise ValueError(f"Expected argument `fused` to be False or None with {excluded[0]}=True but got True.")
-    if group["foreach"] and group["differentiable"]:
-        raise ValueError("Expected argument `foreach` to be False or None with differentiable=True but got True.")
-    if group["fused"]:
-        devices = {param.device.type for param in group["params"]} - set(_FUSED_DEVICES)
-        if devices:
-            raise ValueError(
-                f"Expected argument `fused` to be False or None for parameters on {sorted(devices)[0]!r} (there are "
-                f"kernels for {', '.join(_FUSED_DEVICES)}) but got True."
-            )

@@ -1,0 +1,79 @@
+"""The options of a parameter group: checked when it is added, and read at each step."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_rectify.optim.variance import Order, check_rectifies, rectification
+
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+class Rule(NamedTuple):
+    """What an update does besides its tensors; a group's options at one step."""
+
+    lr: Any  # float, or a 0-dim tensor in the for-loop and on-device forms
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    skip_early: bool
+    threshold: float
+    rectifier: Order
+
+
+def rule_of(group: dict[str, Any], dtype: torch.dtype) -> Rule:
+    """What a step of this group does, in arithmetic of this dtype."""
+    return Rule(
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        # Zero over (zero + eps) must be zero also with eps = 0; the smallest normal number changes nothing else.
+        eps=max(group["eps"], torch.finfo(dtype).tiny),
+        weight_decay=group["weight_decay"],
+        decoupled=group["decoupled_weight_decay"],
+        maximize=group["maximize"],
+        skip_early=group["early_phase"] == "skip",
+        threshold=group["threshold"],
+        rectifier=group["rectifier"],
+    )
+
+
+def rectification_of(group: dict[str, Any], step: float) -> float:
+    """The group's r_t; 0 before its first rectified step."""
+    return rectification(step, group["betas"][1], threshold=group["threshold"], rectifier=group["rectifier"])
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Raise ValueError for an option of a group that is out of its range."""
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(
+            f"Expected argument `lr` to be a number or a 1-element tensor but got shape {tuple(lr.shape)}."
+        )
+    for name, value in (("lr", lr), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
+        if not (value >= 0.0 and math.isfinite(value)):
+            raise ValueError(f"Expected argument `{name}` to be a number >= 0 but got {value}.")
+    if not 0.0 <= beta1 < 1.0:
+        raise ValueError(f"Expected argument `betas[0]` to be in [0, 1) but got {beta1}.")
+    check_rectifies(beta2, group["threshold"], group["rectifier"])
+    if group["early_phase"] not in ("momentum", "skip"):
+        raise ValueError(
+            f"Expected argument `early_phase` to be 'momentum' or 'skip' but got {group['early_phase']!r}."
+        )
+    excluded = [name for name in ("foreach", "capturable", "differentiable") if group[name]]
+    if group["fused"] and excluded:
+        raise ValueError(f"Expected argument `fused` to be False or None with {excluded[0]}=True but got True.")
+    if group["foreach"] and group["differentiable"]:
+        raise ValueError("Expected argument `foreach` to be False or None with differentiable=True but got True.")
+    if group["fused"]:
+        devices = {param.device.type for param in group["params"]} - set(FUSED_DEVICES)
+        if devices:
+            raise ValueError(
+                f"Expected argument `fused` to be False or None for parameters on {sorted(devices)[0]!r} (there are "
+                f"kernels for {', '.join(FUSED_DEVICES)}) but got True."
+            )
