@@ -13,6 +13,8 @@ from lightning_rectify.data.image_datasets import ArrayImages, FileImages, pairs
 from lightning_rectify.data.image_sources import SOURCES, folder, in_memory, open_part
 from lightning_rectify.data.resumable import EpochSampler, ResumableLoader
 
+_SMALL = 96  # side up to which images on disk are treated as those in memory are
+
 
 class ImageData(LightningDataModule):
     """Labelled images in three parts: training, validation (split off the training part) and test.
@@ -33,13 +35,14 @@ class ImageData(LightningDataModule):
         val_size: share (below 1) or number of the training images to validate on, each class in proportion; 0 for no
             validation.
         augment: crop training images at random out of a frame an eighth of their side wide (4 pixels for 32x32), and
-            mirror those datasets that bear it (not digits and letters); files: a crop of random size and shape, and
-            mirror. None does it where the RAdam paper does: CIFAR and ImageNet.
+            mirror those datasets that bear it (not digits and letters); files brought to more than 96 pixels: a crop
+            of random size and shape, and mirror. None does it where the RAdam paper does: CIFAR and ImageNet.
         download: fetch missing data in ``prepare_data``, if torchvision can.
         num_workers: loader processes.
         pin_memory: page-locked batches, for copies to a GPU.
         seed: of split, order and augmentation, at least 0.
-        image_size: side to which "imagenet" and "image_folder" are brought, 224 if None; others have their own.
+        image_size: side to which "imagenet" and "image_folder" are brought, 224 if None; others have their own. Up to
+            96 by resizing alone, above by resizing with a margin and a central crop.
         train_size: train on so many images only, each class in proportion; None for all.
 
     Raises:
@@ -236,7 +239,11 @@ class ImageData(LightningDataModule):
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(list(source.mean), list(source.std)),
         ]
-        # The customary margin: 256 pixels for a central crop of 224.
-        plain = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *to_tensor])
-        random = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *to_tensor])
+        if size <= _SMALL:  # as for the datasets in memory
+            plain = v2.Compose([v2.Resize((size, size)), *to_tensor])
+            mirror = [v2.RandomHorizontalFlip()] if source.flip else []
+            random = v2.Compose([v2.Resize((size, size)), v2.RandomCrop(size, padding=size // 8), *mirror, *to_tensor])
+        else:  # with the customary margin: 256 pixels for a central crop of 224
+            plain = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *to_tensor])
+            random = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *to_tensor])
         return FileImages(images, indices, plain, random if augment else None, self.seed)

@@ -128,6 +128,30 @@ def test_image_folder(folder_root):
     assert torch.equal(torch.random.get_rng_state(), state)  # neither loader nor augmentation draws from it
 
 
+def test_small_image_folder_is_not_rescaled(tmp_path):
+    """Images that already have the side asked for come out pixel by pixel, and augmented ones are shifted copies."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    for part in ("train", "test"):
+        for i, image in enumerate(pixels):
+            path = tmp_path / part / f"class{i % 2}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    data = ImageData("image_folder", root=str(tmp_path), batch_size=4, val_size=0, image_size=32, augment=True)
+    data.setup("fit"), data.setup("test")
+    mean, std = (torch.tensor(part).view(3, 1, 1) for part in (data.source.mean, data.source.std))
+    (plain, _) = next(iter(data.test_dataloader()))
+    order = [0, 2, 1, 3]  # by class
+    expected = (torch.from_numpy(pixels[order]).permute(0, 3, 1, 2) / 255 - mean) / std
+    torch.testing.assert_close(plain, expected, rtol=0, atol=1e-5)  # float32
+    (augmented, _) = next(iter(data.train_dataloader()))
+    # Each is a crop of one of the padded originals, perhaps mirrored. Black is the value that padding has there.
+    padded = torch.nn.functional.pad(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, [4] * 4)
+    crops = [padded[:, :, r : r + 32, c : c + 32] for r in range(9) for c in range(9)]
+    candidates = (torch.cat([*crops, *(crop.flip(-1) for crop in crops)]) - mean) / std
+    gaps = (augmented[:, None] - candidates[None]).abs().amax(dim=(2, 3, 4)).amin(dim=1)
+    assert gaps.max() < 1e-5
+
+
 def test_image_folder_with_other_test_classes_is_refused(folder_root):
     (folder_root / "val" / "cat").rename(folder_root / "val" / "dog")
     data = ImageData("image_folder", root=str(folder_root))

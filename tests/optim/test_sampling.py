@@ -1,8 +1,5 @@
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_rectify.optim.sampling import CoordinateSample
 
@@ -62,29 +59,3 @@ def test_share_of_each_tensor_is_its_share_of_coordinates():
     sample = CoordinateSample(values, 2000, 5)
     # hypergeometric: mean 200, standard deviation 12
     assert abs((sample.owners == 1).sum() - 200) < 60
-
-
-def read_sharded(rank, store):
-    """In each of two processes: read a sample of tensors sharded over both, add up, compare with the whole."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        whole = [torch.arange(7.0 * 3).view(7, 3), torch.arange(100.0, 101.0), torch.arange(200.0, 210.0)]
-        # 7 rows on two processes are 4 and 3; one number is held by the first alone.
-        sharded = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in whole]
-        for size in (5, 20, None):
-            expected, got = CoordinateSample(whole, size, seed=2), CoordinateSample(sharded, size, seed=2)
-            assert got.sharded
-            assert not expected.sharded
-            a, b = torch.empty(len(expected)), torch.empty(len(got))
-            expected.read(whole, a)
-            got.read(sharded, b)
-            torch.distributed.all_reduce(b)
-            assert torch.equal(a, b)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.ddp
-def test_sharded_tensors_add_up_to_the_whole(tmp_path):
-    multiprocessing.spawn(read_sharded, (str(tmp_path / "store"),), nprocs=2)
