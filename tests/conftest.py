@@ -19,3 +19,12 @@ def _restore_process_state(tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(deterministic)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Networks of tests are small: threads cost more than they bring, a hundred times more where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

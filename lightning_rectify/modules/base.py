@@ -2,9 +2,10 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +27,8 @@ class RectifiedModule(LightningModule):
 
     Saved hyperparameters hold plain values only (numbers, strings, None, and lists and dicts of them): optimizers,
     schedulers, networks and other objects are left out, also when a subclass calls ``save_hyperparameters()`` itself
-    (which it need not do: its arguments are collected without it). Checkpoints therefore load with
-    ``weights_only=True``, Lightning's default.
+    (which it need not do: its arguments are collected without it), and so are arguments that a subclass fixes for its
+    parent. Checkpoints therefore load with ``weights_only=True``, Lightning's default.
 
     A checkpoint also holds each rank's random state (dropout draws from it), so that a resumed run goes on bit for bit.
 
@@ -125,15 +126,22 @@ class RectifiedModule(LightningModule):
         self._random_state = checkpoint.get(_RANDOM_STATE)
 
     def on_train_start(self) -> None:
-        """Go on with this rank's random state; a rank that was not there before keeps the one it has."""
+        """Go on with this rank's random state; a rank that has none saved draws a stream of its own."""
         saved, self._random_state = self._random_state, None
+        if self.global_rank > 0:
+            # One seed serves all ranks, and all would drop the same features. Not seed + rank: that is rank 0 of the
+            # next seed. Rank 0 goes on as one process would.
+            sequence = np.random.SeedSequence([torch.initial_seed(), self.global_rank])
+            torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         for name, states in (saved or {}).items():
             if self.global_rank >= len(states):
                 continue
+            # A copy: torch reads the state from where the storage begins, not the view (rank 1 would crash).
+            state = states[self.global_rank].cpu().clone()
             if name == "cpu":
-                torch.set_rng_state(states[self.global_rank].cpu())
+                torch.set_rng_state(state)
             elif self.device.type == name:
-                torch.cuda.set_rng_state(states[self.global_rank].cpu(), self.device)
+                torch.cuda.set_rng_state(state, self.device)
 
     def check_finite(self, loss: Tensor, player: str) -> None:
         """Raise unless the loss is finite.
@@ -159,7 +167,7 @@ class RectifiedModule(LightningModule):
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
-        """Lightning's ``save_hyperparameters`` with every argument left out that is not a plain value.
+        """Lightning's ``save_hyperparameters`` without arguments that are not plain, or that a subclass fixes.
 
         Args:
             *args: names of the arguments to save; all of them if empty.
@@ -171,15 +179,21 @@ class RectifiedModule(LightningModule):
             current = inspect.currentframe()
             frame = current.f_back if current is not None else None
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
-        ignored |= _objects_among_arguments(self, frame)
+        ignored |= _arguments_to_leave_out(self, frame)
         if args and not (kept := [name for name in args if not (isinstance(name, str) and name in ignored)]):
             return
         super().save_hyperparameters(*(kept if args else ()), ignore=sorted(ignored), frame=frame, logger=logger)
 
 
-def _objects_among_arguments(module: LightningModule, frame: FrameType | None) -> set[str]:
-    """Names of constructor arguments, over the whole chain of ``__init__`` calls, whose values are not plain."""
-    names: set[str] = set()
+def _arguments_to_leave_out(module: LightningModule, frame: FrameType | None) -> set[str]:
+    """Names of constructor arguments, over the whole chain of ``__init__`` calls, that must not be saved.
+
+    Those whose values are not plain; and those that a subclass fixes for its parent, as in
+    ``super().__init__(network="resnet20", **kwargs)``: given back to the subclass on load, they would come twice.
+    """
+    objects: set[str] = set()
+    fixed: set[str] = set()
+    inner: set[str] = set()  # what the parent's constructor got and would not have had by default
     while frame is not None and frame.f_code.co_name == "__init__" and frame.f_locals.get("self") is module:
         code = frame.f_code
         arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
@@ -187,9 +201,26 @@ def _objects_among_arguments(module: LightningModule, frame: FrameType | None) -
         if code.co_flags & inspect.CO_VARKEYWORDS:
             rest = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
             values.update(frame.f_locals.get(code.co_varnames[rest], {}))
-        names |= {name for name, value in values.items() if not _is_plain(value)}
+        objects |= {name for name, value in values.items() if not _is_plain(value)}
+        fixed = (fixed | inner) - values.keys()
+        defaults = _defaults(type(module), code)
+        inner = {
+            name
+            for name, value in values.items()
+            if name not in objects and (name not in defaults or value != defaults[name])
+        }
         frame = frame.f_back
-    return names
+    return objects | fixed
+
+
+def _defaults(cls: type, code: CodeType) -> dict[str, Any]:
+    """Default values of the ``__init__``, in the class or a parent, whose code this is."""
+    for parent in cls.__mro__:
+        init = parent.__dict__.get("__init__")
+        if callable(init) and getattr(init, "__code__", None) is code:
+            parameters = inspect.signature(init).parameters.values()
+            return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    return {}
 
 
 def _is_plain(value: Any) -> bool:

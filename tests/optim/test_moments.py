@@ -7,6 +7,7 @@ from lightning_rectify.optim.moments import rectifier_options, second_moments, u
 OPTIMIZERS = {
     "RectifiedAdam": RectifiedAdam,
     "RectifiedAdam foreach": lambda p: RectifiedAdam(p, foreach=True),
+    "RectifiedAdam capturable": lambda p: RectifiedAdam(p, capturable=True),
     "RAdam": torch.optim.RAdam,
     "Adam": lambda p: torch.optim.Adam(p, foreach=False),
     "Adam foreach": lambda p: torch.optim.Adam(p, foreach=True),

@@ -125,6 +125,15 @@ def test_compiled_step_equals_eager(late, decoupled, skip):
     assert relative_gap(got, expected) < 1e-10
 
 
+@pytest.mark.parametrize("rectifier", ["first_order", "exact"])
+def test_capturable_step_equals_eager(rectifier):
+    """Counts stay tensors and nothing branches on them; here on the CPU, where no graph is captured."""
+    options = {"weight_decay": 0.01, "decoupled_weight_decay": True, "rectifier": rectifier, "betas": (0.9, 0.9999)}
+    on_device = RectifiedAdam(parameters(), capturable=True, **options)
+    assert relative_gap(train(on_device, 60, late=7), train(RectifiedAdam(parameters(), **options), 60, late=7)) < 1e-10
+    assert {rate.step for rate in on_device.rates} == {60, 53}
+
+
 @pytest.mark.parametrize("beta2", [0.999, 0.9995, 0.9999, 0.99999])
 def test_gate_is_right_when_compiled(beta2):
     """torch.optim.RAdam compiled rectifies steps 2, 4 and 5 at .9999 and moves them by up to 14 times too much."""

@@ -1,0 +1,99 @@
+"""Clause 1, the files: every shipped YAML parses and instantiates, and that of embedded data trains, with overlays."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_rectify._lightning import NAME, TensorBoardLogger
+from lightning_rectify.cli import RectifyCLI
+from tests.contract.rows import CONFIGS, ROWS
+from tests.helpers.training import CSVLogger
+
+STEMS = sorted(CONFIGS.glob("*.yaml"))
+OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
+ON_THIS_MACHINE = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
+PARSE = """
+import sys
+from lightning_rectify import _lightning
+from lightning_rectify.cli import RectifyCLI
+assert _lightning.NAME == sys.argv[1], _lightning.NAME
+for paths in sys.argv[2:]:
+    configs = [f"--config={path}" for path in paths.split(",")]
+    RectifyCLI([*configs, "--trainer.accelerator=cpu", "--trainer.devices=1"], run=False)
+    print("parsed", paths)
+"""
+
+
+def name_of(path):
+    return str(path.relative_to(CONFIGS))
+
+
+def test_there_is_a_config_for_every_row_and_a_row_for_every_stem():
+    assert {row.config for row in ROWS} <= set(STEMS)
+    # STEM_DATASET.yaml is a row's module on other data
+    assert all(any(path.stem.startswith(row.stem) for row in ROWS) for path in STEMS)
+    assert {path.parent.name for path in OVERLAYS} == {"trainer", "logger"}
+
+
+@pytest.mark.parametrize("path", STEMS, ids=name_of)
+def test_config_instantiates(path):
+    cli = RectifyCLI([f"--config={path}", *ON_THIS_MACHINE], run=False)
+    assert type(cli.config.seed_everything) is int  # True would draw another seed each time
+    assert all(optimizer["name"] for optimizer in cli.model.parameter_groups())
+    cli.model.configure_optimizers()  # class_path and init_args became a callable that works
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=name_of)
+@pytest.mark.parametrize("path", STEMS, ids=name_of)
+def test_overlay_combines(path, overlay):
+    alone = RectifyCLI([f"--config={path}", *ON_THIS_MACHINE], run=False)
+    both = RectifyCLI([f"--config={path}", f"--config={overlay}", *ON_THIS_MACHINE], run=False)
+    if overlay.parent.name == "logger":
+        expected = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}[overlay.stem]
+        assert type(both.trainer.logger) is expected
+    else:
+        expected = {"cpu": "32-true", "gpu": "bf16-mixed", "ddp": "bf16-mixed"}[overlay.stem]
+        assert both.trainer.precision == expected
+        assert "DDP" in type(both.trainer.strategy).__name__ or overlay.stem != "ddp"
+    # What the overlay does not speak of stays.
+    assert both.trainer.max_epochs == alone.trainer.max_epochs
+    assert both.config.model.as_dict() == alone.config.model.as_dict()
+
+
+@pytest.mark.parametrize("name", ["pytorch_lightning", "lightning.pytorch"])
+def test_configs_parse_under_the_other_name_too(name):
+    """The name that this process does not use; in a process of its own, where nothing was imported before."""
+    if name == NAME:
+        pytest.skip("the tests above ran under this name")
+    if name == "lightning.pytorch":
+        pytest.importorskip("lightning")
+    chains = [str(path) for path in STEMS] + [f"{STEMS[0]},{overlay}" for overlay in OVERLAYS]
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE, name, *chains],
+        env={**os.environ, "RECTIFY_LIGHTNING": name},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("parsed") == len(chains)
+
+
+@pytest.mark.parametrize("overlays", [(), ("trainer/cpu", "logger/csv"), ("logger/tensorboard",)], ids="+".join)
+def test_config_of_embedded_data_trains(row, overlays):
+    configs = [f"--config={row.config}", *(f"--config={CONFIGS / overlay}.yaml" for overlay in overlays)]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    options = [*row.quick_cli, *quiet, "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
+    cli = RectifyCLI(["fit", *configs, *options, "--test_after_fit=false"])
+    assert cli.trainer.global_step == 2 * row.batches
+    assert torch.isfinite(cli.trainer.callback_metrics[row.metric])
+    assert Path(cli.trainer.checkpoint_callback.best_model_path).exists()
+    folder = Path(cli.trainer.loggers[0].log_dir)
+    assert folder.is_relative_to(Path.cwd() / "runs") or folder.parts[0] == "runs"
+    assert (folder / "config.yaml").exists()
+    assert (folder / "adaptive_rate.csv").exists()
