@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_rectify.callbacks.adaptive_rate.quantities import QUANTILES, QUANTITIES
+from lightning_rectify.callbacks.adaptive_rate.quantities import QUANTILES, QUANTITIES, Block, Points
 
 PREFIX = "adaptive_rate"
 #: what one chart shows together, per group
@@ -45,6 +45,24 @@ def layout(keys: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
         }
         for key in keys
     }
+
+
+def write_histograms(writer: Any, key: str, block: Block, points: Points) -> None:
+    """Histograms of log |g| and of the log of the adaptive rate, at the paper's iterations.
+
+    Args:
+        writer: TensorBoard's.
+        key: the group.
+        block: the readings.
+        points: what was measured from them.
+    """
+    for i, step in enumerate(points.step):
+        if not is_histogram_step(int(step)):
+            continue
+        # 1e-9 as in the authors' logging code, so that zeros have a place
+        writer.add_histogram(f"{PREFIX}/{key}/log_gradient", np.log(np.nan_to_num(np.abs(block.g[i])) + 1e-9), step)
+        if points.live[i].any():
+            writer.add_histogram(f"{PREFIX}/{key}/log_rate", np.log(points.rate[i][points.live[i]]), step)
 
 
 class CsvStore:

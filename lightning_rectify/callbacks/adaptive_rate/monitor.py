@@ -20,9 +20,16 @@ from lightning_rectify._lightning import (
     rank_zero_warn,
 )
 from lightning_rectify.callbacks.adaptive_rate.alarms import AdaptiveRateWarning, GroupAlarms
-from lightning_rectify.callbacks.adaptive_rate.dashboard import PREFIX, CsvStore, draw, is_histogram_step, layout
-from lightning_rectify.callbacks.adaptive_rate.quantities import Block, Points, measure
-from lightning_rectify.callbacks.adaptive_rate.watch import OptimizerWatch, Unit
+from lightning_rectify.callbacks.adaptive_rate.dashboard import (
+    PREFIX,
+    CsvStore,
+    draw,
+    is_histogram_step,
+    layout,
+    write_histograms,
+)
+from lightning_rectify.callbacks.adaptive_rate.quantities import measure
+from lightning_rectify.callbacks.adaptive_rate.watch import OptimizerWatch, group_keys
 from lightning_rectify.optim.moments import SUPPORTED, beta2_of, check_supported, rectifier_options, unwrap
 
 _MOST_ROWS = 50  # points between two transfers from the device
@@ -125,7 +132,7 @@ class AdaptiveRateMonitor(Callback):
         optimizers = self._watchable(trainer)
         names: dict[Tensor, str] = {param: name for name, param in pl_module.named_parameters()}
         rows = min(trainer.log_every_n_steps or _MOST_ROWS, _MOST_ROWS)  # type: ignore[attr-defined]
-        for optimizer, keys in zip(optimizers, _group_keys(optimizers), strict=True):
+        for optimizer, keys in zip(optimizers, group_keys(optimizers), strict=True):
             watch = OptimizerWatch(optimizer, names, keys, self.per_layer, self.sample_size, rows, self.seed)
             self._watches.append(watch)
             self._handles.append(
@@ -227,8 +234,8 @@ class AdaptiveRateMonitor(Callback):
                 row.update({f"{PREFIX}/{unit.key}/{name}": float(column[i]) for name, column in points.values.items()})
             if self._store is not None:
                 self._store.append(unit.key, points.step, points.values)
-            if self.histograms:
-                _write_histograms(trainer, unit, block, points)
+            for writer in _writers(trainer) if self.histograms else ():
+                write_histograms(writer, unit.key, block, points)
             if alarms := self._group_alarms.get(unit.key):
                 findings = alarms.feed(block, points, unit.low_precision)
                 self._raise_alarms(trainer, unit.key, findings, int(points.step[-1]))
@@ -274,25 +281,6 @@ class AdaptiveRateMonitor(Callback):
         self._handles, self._watches, self._store, self._latest = [], [], None, {}
 
 
-def _group_keys(optimizers: list[Optimizer]) -> list[list[str]]:
-    """A key for each group of each optimizer.
-
-    Raises:
-        ValueError: if two groups have one name.
-    """
-    single = sum(len(optimizer.param_groups) for optimizer in optimizers) == 1
-    keys = []
-    for i, optimizer in enumerate(optimizers):
-        prefix = f"optimizer{i}/" if len(optimizers) > 1 else ""
-        fallback = [f"{prefix}pg{j}" for j in range(len(optimizer.param_groups))]
-        names = [group.get("name") for group in optimizer.param_groups]
-        keys.append(["model" if single and not name else name or pg for name, pg in zip(names, fallback, strict=True)])
-    flat = [key for group in keys for key in group]
-    if repeated := sorted({key for key in flat if flat.count(key) > 1}):
-        raise ValueError(f"Expected the `name` of each parameter group to be its own but got {repeated[0]!r} twice.")
-    return keys
-
-
 def _is_dry(trainer: Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
@@ -315,16 +303,3 @@ def _folder(logger: Logger, default: str) -> Path:
         return Path(folder)
     parts = [str(part) for part in (logger.name, logger.version) if part is not None]
     return Path(logger.save_dir or default, *parts)
-
-
-def _write_histograms(trainer: Trainer, unit: Unit, block: Block, points: Points) -> None:
-    rows = [i for i, step in enumerate(points.step) if is_histogram_step(int(step))]
-    for writer in _writers(trainer):
-        for i in rows:
-            size, rate = torch.from_numpy(block.g[i]).abs(), torch.from_numpy(points.rate[i][points.live[i]])
-            # 1e-9 as in the authors' logging code, so that zeros have a place
-            writer.add_histogram(
-                f"{PREFIX}/{unit.key}/log_gradient", torch.log(size.nan_to_num() + 1e-9), points.step[i]
-            )
-            if len(rate):
-                writer.add_histogram(f"{PREFIX}/{unit.key}/log_rate", torch.log(rate), points.step[i])

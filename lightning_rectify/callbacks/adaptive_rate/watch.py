@@ -176,6 +176,25 @@ class OptimizerWatch:
             )
 
 
+def group_keys(optimizers: list[Optimizer]) -> list[list[str]]:
+    """A key for each group of each optimizer.
+
+    Raises:
+        ValueError: if two groups have one name.
+    """
+    single = sum(len(optimizer.param_groups) for optimizer in optimizers) == 1
+    keys = []
+    for i, optimizer in enumerate(optimizers):
+        prefix = f"optimizer{i}/" if len(optimizers) > 1 else ""
+        fallback = [f"{prefix}pg{j}" for j in range(len(optimizer.param_groups))]
+        names = [group.get("name") for group in optimizer.param_groups]
+        keys.append(["model" if single and not name else name or pg for name, pg in zip(names, fallback, strict=True)])
+    flat = [key for group in keys for key in group]
+    if repeated := sorted({key for key in flat if flat.count(key) > 1}):
+        raise ValueError(f"Expected the `name` of each parameter group to be its own but got {repeated[0]!r} twice.")
+    return keys
+
+
 def _layer(name: str) -> str:
     """The module that a parameter belongs to."""
     return name.rpartition(".")[0] or name
