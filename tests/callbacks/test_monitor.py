@@ -283,6 +283,11 @@ def test_needs_a_logger_and_a_second_moment():
     fit(Regression(), AdaptiveRateMonitor(strict=False), logger=False)
     fit(Regression(lambda p: torch.optim.SGD(p, lr=0.1)), AdaptiveRateMonitor(strict=False))
     fit(Regression(), AdaptiveRateMonitor(), fast_dev_run=3)
+    # Adamax shows betas but keeps no second moment: known only after its first step.
+    with pytest.raises(ValueError, match="Adamax keeps"):
+        fit(Regression(torch.optim.Adamax), AdaptiveRateMonitor())
+    trainer = fit(Regression(torch.optim.Adamax), AdaptiveRateMonitor(strict=False))
+    assert trainer.global_step == 12
 
 
 @pytest.mark.parametrize(

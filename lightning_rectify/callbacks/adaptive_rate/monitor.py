@@ -30,7 +30,7 @@ from lightning_rectify.callbacks.adaptive_rate.dashboard import (
 )
 from lightning_rectify.callbacks.adaptive_rate.quantities import measure
 from lightning_rectify.callbacks.adaptive_rate.watch import OptimizerWatch, group_keys
-from lightning_rectify.optim.moments import SUPPORTED, beta2_of, check_supported, rectifier_options, unwrap
+from lightning_rectify.optim.moments import SUPPORTED, beta2_of, rectifier_options, second_moments, unwrap
 
 _MOST_ROWS = 50  # points between two transfers from the device
 _ALWAYS = 10  # the first steps are where the paper's story happens
@@ -194,29 +194,39 @@ class AdaptiveRateMonitor(Callback):
         kept, refused = [], []
         for optimizer in trainer.optimizers:
             try:
-                kept.append(check_supported(optimizer))
+                second_moments(optimizer)
+                kept.append(unwrap(optimizer))
             except ValueError:
                 refused.append(type(unwrap(optimizer)).__name__)
         if not kept:
-            message = (
+            self._give_up(
                 f"Expected an optimizer of the module to keep a second moment ({SUPPORTED}) but got "
                 f"{', '.join(refused) or 'none'}: there is no adaptive rate to monitor."
             )
-            if self.strict:
-                raise ValueError(message)
-            rank_zero_info(f"AdaptiveRateMonitor is silent. {message}")
         return kept
+
+    def _give_up(self, message: str) -> None:
+        if self.strict:
+            raise ValueError(message)
+        rank_zero_info(f"AdaptiveRateMonitor is silent. {message}")
 
     # -- a step, and what becomes of it --------------------------------------------------------------------------------
 
     def _after_step(self, trainer: Trainer, watch: OptimizerWatch) -> None:
         watch.calls += 1
+        if watch.silent:
+            return
         due = watch.calls <= _ALWAYS or watch.calls % self.every_n_steps == 0 or is_histogram_step(watch.calls)
         if not due:
             return
         if watch.stale:
             self._flush(trainer, watch)
-            watch.rebuild()
+            try:
+                watch.rebuild()
+            except ValueError as error:  # what only looked like Adam from outside
+                self._give_up(str(error))
+                watch.silent = True
+                return
         watch.record()
         if watch.full:
             self._flush(trainer, watch)

@@ -76,6 +76,8 @@ class OptimizerWatch:
         self._rows = self._capacity = 0
         self._lr: list[list[float | Tensor]] = []
         self._last_step: dict[str, float] = {}
+        #: set where the optimizer turned out to keep no second moment
+        self.silent = False
         #: real steps so far, counted by the hook; a resumed optimizer goes on where it stood
         self.calls = max((int(moment.step) for moment in second_moments(optimizer, names)), default=0)
 
