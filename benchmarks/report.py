@@ -133,6 +133,7 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "optimizer_step": optimizer_step,
     "monitor_cost": monitor_cost,
     "lr_sensitivity": lr_sensitivity,
+    "lr_sensitivity_20_epochs": lr_sensitivity,
     "lr_sensitivity.spread": lr_sensitivity_spread,
     "variance_simulation": variance_simulation,
 }

@@ -177,18 +177,20 @@ def output_path(name: str, out: Path | None, quick: bool) -> Path:
 def command(argv: Sequence[str] | None = None) -> str:
     """The command line that makes the result again, without this machine's paths.
 
-    ``--out`` is dropped; the value of ``--data`` becomes the environment variable it stands for.
+    ``--out`` is kept only where it names a file in results/; the value of ``--data`` becomes the environment variable it stands for.
     """
     argv = list(sys.argv if argv is None else argv)
     words = ["python", f"benchmarks/{Path(argv[0]).name}"]
     rest = iter(argv[1:])
     for word in rest:
-        option, equals, _ = word.partition("=")
+        option, equals, value = word.partition("=")
         if option in ("--out", "--data"):
             if not equals:
-                next(rest, None)
+                value = next(rest, "")
             if option == "--data":
                 words += ["--data", f'"${DATA_VARIABLE}"']
+            elif Path(value).resolve().parent == RESULTS:
+                words += ["--out", shlex.quote(f"benchmarks/results/{Path(value).name}")]
         else:
             words.append(shlex.quote(word))
     return " ".join(words)
