@@ -177,7 +177,8 @@ def output_path(name: str, out: Path | None, quick: bool) -> Path:
 def command(argv: Sequence[str] | None = None) -> str:
     """The command line that makes the result again, without this machine's paths.
 
-    ``--out`` is kept only where it names a file in results/; the value of ``--data`` becomes the environment variable it stands for.
+    ``--out`` is kept only where it names a file in results/; the value of ``--data`` becomes the environment variable
+    it stands for.
     """
     argv = list(sys.argv if argv is None else argv)
     words = ["python", f"benchmarks/{Path(argv[0]).name}"]
