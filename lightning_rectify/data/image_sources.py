@@ -76,7 +76,7 @@ SOURCES: dict[str, ImageSource] = {
         10, 3, 96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), flip=True,
         torchvision="STL10", path="stl10_binary", options=_SPLIT,
     ),
-    "usps": ImageSource(10, 1, 16, (0.2469,), (0.2989,), torchvision="USPS", path="usps.bz2 and usps.t.bz2"),
+    "usps": ImageSource(10, 1, 16, (0.2539,), (0.3842,), torchvision="USPS", path="usps.bz2 and usps.t.bz2"),
     "imagenet": ImageSource(
         1000, 3, 224, *_IMAGENET, True, True, torchvision="ImageNet", options=({"split": "train"}, {"split": "val"}),
         path="train, val and ILSVRC2012_devkit_t12.tar.gz", downloads=False,

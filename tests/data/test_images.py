@@ -1,5 +1,8 @@
 """Image data: parts, batches, augmentation, order, ranks, resume."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torchvision.transforms import v2
 
 from lightning_rectify._lightning import LightningModule, ModelCheckpoint, Trainer
 from lightning_rectify.data.image_datasets import ArrayImages, FileImages, pairs, stratified_take
+from lightning_rectify.data.image_sources import SOURCES, in_memory
 from lightning_rectify.data.images import ImageData
 from lightning_rectify.data.resumable import EpochSampler, ResumableLoader
 
@@ -478,3 +482,18 @@ def test_workers_and_pairs_change_nothing():
     for (images, labels), (other, other_labels) in zip(*batches, strict=True):
         assert torch.equal(images, other)
         assert torch.equal(labels, other_labels)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folder"), [("mnist", "mnist"), ("usps", "usps"), ("fashion_mnist", "fashion-mnist")]
+)
+def test_constants_are_those_of_the_real_data(dataset, folder):
+    root = Path(os.environ.get("LIGHTNING_RECTIFY_DATA", "")) / folder
+    if "LIGHTNING_RECTIFY_DATA" not in os.environ or not root.is_dir():
+        pytest.skip(f"there is no folder {folder} in LIGHTNING_RECTIFY_DATA")
+    source = SOURCES[dataset]
+    images, _ = in_memory(source, str(root), test=False)
+    pixels = images.double() / source.scale
+    # Four decimals are written down.
+    assert pixels.mean().item() == pytest.approx(source.mean[0], abs=6e-5)
+    assert pixels.std().item() == pytest.approx(source.std[0], abs=6e-5)
