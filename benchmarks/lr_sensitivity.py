@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_rectify import ImageClassifier, ImageData, RectifiedAdam
 from lightning_rectify._lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning_rectify.modules.base import NonFiniteLossError
-from lightning_rectify.modules.classifier.networks import build_network
+from lightning_rectify.modules.image_networks import build_network
 
 NAME = "lr_sensitivity"
 RATES = (0.1, 0.03, 0.01, 0.003)

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_rectify import AdaptiveRateMonitor, RectifiedAdam
 from lightning_rectify._lightning import Callback, LightningModule, TensorBoardLogger, Trainer, seed_everything
-from lightning_rectify.modules.classifier.networks import build_network
+from lightning_rectify.modules.image_networks import build_network
 
 NAME = "monitor_cost"
 SETTINGS: dict[str, dict[str, Any]] = {"default": {}, "exact": {"sample_size": None}}

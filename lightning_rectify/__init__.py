@@ -13,17 +13,30 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "RectifiedAdam": "optim",
     "AdaptiveRateMonitor": "callbacks",
+    "SpectrumMonitor": "callbacks",
     "RectifiedModule": "modules",
+    "MinimaxModule": "modules",
     "ImageClassifier": "modules",
+    "SpectralGAN": "modules",
     "ImageData": "data",
 }
 
-__all__ = ["AdaptiveRateMonitor", "ImageClassifier", "ImageData", "RectifiedAdam", "RectifiedModule", "__version__"]
+__all__ = [
+    "AdaptiveRateMonitor",
+    "ImageClassifier",
+    "ImageData",
+    "MinimaxModule",
+    "RectifiedAdam",
+    "RectifiedModule",
+    "SpectralGAN",
+    "SpectrumMonitor",
+    "__version__",
+]
 
 if TYPE_CHECKING:
-    from lightning_rectify.callbacks import AdaptiveRateMonitor
+    from lightning_rectify.callbacks import AdaptiveRateMonitor, SpectrumMonitor
     from lightning_rectify.data import ImageData
-    from lightning_rectify.modules import ImageClassifier, RectifiedModule
+    from lightning_rectify.modules import ImageClassifier, MinimaxModule, RectifiedModule, SpectralGAN
     from lightning_rectify.optim import RectifiedAdam
 
 

@@ -9,12 +9,14 @@ environment variable ``RECTIFY_LIGHTNING`` (for the command line, where nothing 
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-    from pytorch_lightning.callbacks import ModelCheckpoint
+    from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint
     from pytorch_lightning.cli import (
         ArgsType,
         LightningArgumentParser,
@@ -43,7 +45,8 @@ else:
     _pl = import_module(NAME)
     Callback, Trainer, seed_everything = _pl.Callback, _pl.Trainer, _pl.seed_everything
     LightningDataModule, LightningModule = _pl.LightningDataModule, _pl.LightningModule
-    ModelCheckpoint = import_module(f"{NAME}.callbacks").ModelCheckpoint
+    _callbacks = import_module(f"{NAME}.callbacks")
+    BasePredictionWriter, ModelCheckpoint = _callbacks.BasePredictionWriter, _callbacks.ModelCheckpoint
     _loggers = import_module(f"{NAME}.loggers")
     Logger, TensorBoardLogger = _loggers.Logger, _loggers.TensorBoardLogger
     MisconfigurationException = import_module(f"{NAME}.utilities.exceptions").MisconfigurationException
@@ -57,8 +60,43 @@ else:
     ArgsType, LightningCLI, LightningArgumentParser = _cli.ArgsType, _cli.LightningCLI, _cli.LightningArgumentParser
     LRSchedulerCallable, OptimizerCallable = _cli.LRSchedulerCallable, _cli.OptimizerCallable
 
+
+@contextmanager
+def uncounted(optimizer: Any) -> Iterator[None]:
+    """Steps of this ``LightningOptimizer`` inside do not advance ``trainer.global_step``.
+
+    Lightning counts every optimizer's steps, so that two players would make ``max_steps``, checkpoints and schedules
+    run twice as fast as batches do (its issue 17958). The two callbacks are private, and touched only here; the manual
+    loop sets them anew for each batch.
+    """
+    before, after = optimizer._on_before_step, optimizer._on_after_step
+    optimizer._on_before_step = optimizer._on_after_step = _nothing
+    try:
+        yield
+    finally:
+        optimizer._on_before_step, optimizer._on_after_step = before, after
+
+
+def _nothing() -> None:
+    pass
+
+
+def allow_unused_parameters(strategy: Any) -> bool:
+    """Make a DDP strategy that is not set up yet search each graph for the parameters it used.
+
+    Returns:
+        Whether it does now: False for a strategy that is not DDP, or whose keyword arguments are kept elsewhere.
+    """
+    options = getattr(strategy, "_ddp_kwargs", None)
+    if not isinstance(options, dict) or options.get("static_graph"):
+        return False
+    options["find_unused_parameters"] = True
+    return True
+
+
 __all__ = [
     "ArgsType",
+    "BasePredictionWriter",
     "Callback",
     "LRSchedulerCallable",
     "LightningArgumentParser",
@@ -71,8 +109,10 @@ __all__ = [
     "OptimizerCallable",
     "TensorBoardLogger",
     "Trainer",
+    "allow_unused_parameters",
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",
     "seed_everything",
+    "uncounted",
 ]

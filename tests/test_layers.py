@@ -103,7 +103,7 @@ def test_arrows(path):
         ("callbacks/deep/x.py", "from lightning_rectify.modules.base import RectifiedModule", True),
         ("callbacks/x.py", "if TYPE_CHECKING:\n    from pytorch_lightning import Trainer", True),
         ("modules/gan/x.py", "from lightning_rectify.modules.base import a\nfrom .networks import b", False),
-        ("modules/gan/x.py", "from lightning_rectify.modules.classifier.networks import SmallCNN", True),
+        ("modules/gan/x.py", "from lightning_rectify.modules.classifier.module import ImageClassifier", True),
         ("modules/base.py", "from lightning_rectify.modules.classifier import ImageClassifier", True),
         ("modules/gan/x.py", "from lightning_rectify import ImageClassifier", True),
         ("modules/gan/x.py", "from lightning_rectify.data import ImageData", True),

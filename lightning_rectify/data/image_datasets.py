@@ -17,6 +17,9 @@ from torch.utils.data import Dataset
 Key = int | tuple[int, int]
 Batch = tuple[Tensor, Tensor]
 
+_SMALL = 96  # side up to which images on disk are treated as those in memory are
+_CHUNK = 2**24  # pixels that are floats at one time while images are resized: 64 MiB
+
 
 def pairs(batch: Batch) -> Batch:
     """The ``collate_fn`` of datasets that return whole batches: nothing is left to do."""
@@ -46,6 +49,83 @@ def stratified_take(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tenso
     chosen = np.zeros(len(labels), dtype=bool)
     chosen[((np.arange(size) + 0.5) * len(labels) / max(size, 1)).astype(int)] = True
     return torch.from_numpy(np.sort(by_class[~chosen])), torch.from_numpy(np.sort(by_class[chosen]))
+
+
+def resize(images: Tensor, size: int, scale: float = 255.0) -> Tensor:
+    """Bring images to another side, bilinear with antialias, a few at a time.
+
+    The images returned are in steps of 1 / 255 even if those given are not: resizing makes shades between theirs.
+
+    Args:
+        images: uint8, shape (N, C, H, W), values 0 to ``scale``.
+        size: side S wanted, at least 1.
+        scale: value of a fully lit pixel in ``images``; it is 255 in those returned.
+
+    Returns:
+        Images, uint8, shape (N, C, S, S), each value within half a step of the exact one.
+
+    Example:
+        >>> resize(torch.tensor([[[[0, 16]]]], dtype=torch.uint8), size=4, scale=16.0)[0, 0, 0]
+        tensor([  0,  64, 191, 255], dtype=torch.uint8)
+    """
+    count, channels, height, width = images.shape
+    resized = torch.empty(count, channels, size, size, dtype=torch.uint8)
+    step = max(1, _CHUNK // (channels * max(height * width, size * size)))
+    for start in range(0, count, step):
+        some = images[start : start + step].to(torch.float32).mul_(255.0 / scale)
+        some = F.interpolate(some, size=(size, size), mode="bilinear", antialias=True)
+        resized[start : start + step] = some.round_().clamp_(0, 255)  # weights may sum to 1 + 1e-7
+    return resized
+
+
+def file_transforms(
+    size: int, mean: Sequence[float], std: Sequence[float], flip: bool
+) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
+    """Transforms from a PIL image to float32 (C, S, S), normalised: the plain one and the augmenting one.
+
+    Args:
+        size: side S. Up to 96 both resize, and the second crops and mirrors as :class:`ArrayImages` does. Above, the
+            first cuts the centre out of a larger image and the second crops at random size and shape, and mirrors.
+        mean: of each channel, for pixels in 0 to 1.
+        std: the same, positive.
+        flip: whether to mirror images of up to 96 pixels.
+    """
+    from torchvision.transforms import v2
+
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    if size <= _SMALL:
+        mirror = [v2.RandomHorizontalFlip()] if flip else []
+        # The frame is added to the bytes, before they are normalised: black whatever the constants.
+        crop = [v2.Resize((size, size)), v2.RandomCrop(size, padding=size // 8), *mirror]
+        return v2.Compose([v2.Resize((size, size)), *to_tensor]), v2.Compose([*crop, *to_tensor])
+    # with the customary margin: 256 pixels for a central crop of 224
+    centre = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+    random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    return v2.Compose([*centre, *to_tensor]), v2.Compose([*random, *to_tensor])
+
+
+def split(labels: Tensor, val_size: int | float, train_size: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on and of those to validate on, sorted.
+
+    Args:
+        labels: class of each image, shape (N,); a label of -1 counts as a class.
+        val_size: a share (a float below 1) or a number.
+        train_size: how many of the others to train on; None for all.
+        seed: at least 0.
+
+    Raises:
+        ValueError: if there are too few images.
+    """
+    total = len(labels)
+    number = round(val_size * total) if isinstance(val_size, float) else val_size
+    if number >= total:
+        raise ValueError(f"Expected argument `val_size` to be below {total}, all training images, but got {number}.")
+    train, val = stratified_take(labels, number, seed)
+    if train_size is not None:
+        if train_size > len(train):
+            raise ValueError(f"Expected argument `train_size` to be at most {len(train)} but got {train_size}.")
+        train = train[stratified_take(labels[train], train_size, seed)[1]]
+    return train, val
 
 
 class ArrayImages(Dataset[Batch]):

@@ -20,7 +20,7 @@ class ImageSource:
     Attributes:
         num_classes: None if they are counted on disk.
         in_channels: of an image.
-        image_size: side of the square images; for images on disk, the default to bring them to.
+        image_size: side of the square images; for images on disk, the side they are brought to by default.
         mean: of each channel over the training part, for pixels in 0 to 1.
         std: the same.
         augment: whether training images are augmented unless the user says otherwise.
@@ -76,6 +76,11 @@ SOURCES: dict[str, ImageSource] = {
         10, 3, 96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), flip=True,
         torchvision="STL10", path="stl10_binary", options=_SPLIT,
     ),
+    # With the constants of the labelled images, so that a network fits both.
+    "stl10_unlabeled": ImageSource(
+        10, 3, 96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), flip=True,
+        torchvision="STL10", path="stl10_binary", options=({"split": "train+unlabeled"}, {"split": "test"}),
+    ),
     "usps": ImageSource(10, 1, 16, (0.2539,), (0.3842,), torchvision="USPS", path="usps.bz2 and usps.t.bz2"),
     "imagenet": ImageSource(
         1000, 3, 224, *_IMAGENET, True, True, torchvision="ImageNet", options=({"split": "train"}, {"split": "val"}),
@@ -126,7 +131,7 @@ def open_part(source: ImageSource, root: str, test: bool, download: bool = False
 
 
 def in_memory(source: ImageSource, root: str | None, test: bool) -> tuple[Tensor, Tensor]:
-    """Images of one part, uint8 (N, C, H, W), and labels, int64 (N,).
+    """Images of one part, uint8 (N, C, H, W), and labels, int64 (N,); a label of -1 means none.
 
     Args:
         source: a dataset that is not ``on_disk``.

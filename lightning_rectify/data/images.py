@@ -1,6 +1,7 @@
 """``ImageData``: image classification datasets behind one set of arguments."""
 
 import difflib
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -9,26 +10,38 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.data.image_datasets import ArrayImages, FileImages, pairs, stratified_take
+from lightning_rectify.data.image_datasets import (
+    ArrayImages,
+    Batch,
+    FileImages,
+    file_transforms,
+    pairs,
+    resize,
+    split,
+)
 from lightning_rectify.data.image_sources import SOURCES, folder, in_memory, open_part
 from lightning_rectify.data.resumable import EpochSampler, ResumableLoader
 
-_SMALL = 96  # side up to which images on disk are treated as those in memory are
+_NORMALIZATIONS = {"dataset": None, "symmetric": (0.5, 0.5), "unit": (0.0, 1.0)}  # mean and std of each channel
 
 
 class ImageData(LightningDataModule):
     """Labelled images in three parts: training, validation (split off the training part) and test.
 
-    A batch is a pair: images, float32, shape (B, C, H, W), normalised with the dataset's constants, and labels, int64,
-    shape (B,). What training sees is a function of seed, epoch and place in the epoch: a run that stops anywhere and
-    resumes, two ranks with half batches, and any number of workers see the same images with the same augmentation.
-    Training batches are all of one size; the images left over change from epoch to epoch. Validation and test keep
-    their order and are not augmented; under DDP, Lightning pads them with repeats to equal length on each rank.
+    A batch is a pair: images, float32, shape (B, C, H, W), normalised as ``normalization`` says, and labels, int64,
+    shape (B,), 0 to K - 1 ("stl10_unlabeled" only: or -1, unlabelled). What training sees is a function of seed, epoch
+    and place in the epoch: a run that stops anywhere and resumes, two ranks with half batches, and any number of
+    workers see the same images with the same augmentation. Training batches are all of one size; the images left over
+    change from epoch to epoch. Validation and test keep their order and are not augmented; under DDP, Lightning pads
+    them with repeats to equal length on each rank.
 
     Args:
         dataset: "digits" (scikit-learn's, 8x8, nothing to download), "cifar10", "cifar100", "mnist", "fashion_mnist",
-            "kmnist", "svhn", "stl10", "usps", "imagenet" (its validation part is the test part here) or "image_folder"
-            (``root/train/CLASS/*`` and ``root/test/CLASS/*``, or ``root/val`` for want of ``root/test``).
+            "kmnist", "svhn", "stl10", "stl10_unlabeled", "usps", "imagenet" (its validation part is the test part here)
+            or "image_folder" (``root/train/CLASS/*`` and ``root/test/CLASS/*``, or ``root/val`` for want of
+            ``root/test``). The training part of "stl10_unlabeled" is STL-10's 5,000 labelled and 100,000 unlabelled
+            images. The label of the latter is -1: a loss must leave it out, and where classes are kept in proportion
+            it counts as a class. Reading them takes about 6 GB for a moment.
         root: folder of the data as torchvision lays it out; needed for all but the digits.
         batch_size: images in a training batch, on each rank.
         eval_batch_size: images in a batch of validation, test and prediction; None for ``batch_size``.
@@ -41,9 +54,13 @@ class ImageData(LightningDataModule):
         num_workers: loader processes.
         pin_memory: page-locked batches, for copies to a GPU.
         seed: of split, order and augmentation, at least 0.
-        image_size: side to which "imagenet" and "image_folder" are brought, 224 if None; others have their own. Up to
-            96 by resizing alone, above by resizing with a margin and a central crop.
+        image_size: side to which images are brought, bilinear with antialias; None for the dataset's own, 224 for
+            "imagenet" and "image_folder". Those two: up to 96 by resizing alone, above by resizing with a margin and a
+            central crop. All others: by resizing alone, once, in ``setup``; an image then takes C * H * W bytes.
         train_size: train on so many images only, each class in proportion; None for all.
+        normalization: of pixels in 0 to 1. "dataset": less the dataset's mean, over its standard deviation, for each
+            channel; "symmetric": to -1 to 1, for generators that end in tanh (a step of 1 / 255 is 2 / 255 there);
+            "unit": none, for attacks. The frame of the augmentation is black in each.
 
     Raises:
         ValueError: for an argument outside its range.
@@ -64,6 +81,7 @@ class ImageData(LightningDataModule):
         seed: int = 0,
         image_size: int | None = None,
         train_size: int | None = None,
+        normalization: str = "dataset",
     ) -> None:
         super().__init__()
         if dataset not in SOURCES:
@@ -77,11 +95,9 @@ class ImageData(LightningDataModule):
             raise ValueError(f"Expected argument `root` to be the folder of the {dataset} data but got None.")
         if download and self.source.torchvision is not None and not self.source.downloads:
             raise ValueError(f"Expected argument `download` to be False for {dataset}, which cannot be fetched.")
-        if image_size is not None and not self.source.on_disk and image_size != self.source.image_size:
-            raise ValueError(
-                f"Expected argument `image_size` to be {self.source.image_size} or None for {dataset} "
-                f"but got {image_size}."
-            )
+        if normalization not in _NORMALIZATIONS:
+            known = ", ".join(_NORMALIZATIONS)
+            raise ValueError(f"Expected argument `normalization` to be one of {known} but got {normalization!r}.")
         lowest = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0, "image_size": 1, "train_size": 1}
         for name, low in lowest.items():
             value = locals()[name]
@@ -94,6 +110,7 @@ class ImageData(LightningDataModule):
         self.val_size, self.train_size = val_size, train_size
         self.augment = self.source.augment if augment is None else augment
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
+        self.normalization = normalization
         self._image_size = image_size
         self._parts: dict[str, ArrayImages | FileImages] = {}
 
@@ -115,6 +132,29 @@ class ImageData(LightningDataModule):
     def image_size(self) -> int:
         """Height and width of an image."""
         return self._image_size or self.source.image_size
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel of the dataset, (C,), for pixels in 0 to 1, whatever ``normalization`` is.
+
+        With :attr:`std` it is what a network needs that takes "unit" images and normalises them itself.
+        """
+        return self.source.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel of the dataset, (C,), for pixels in 0 to 1; see :attr:`mean`."""
+        return self.source.std
+
+    @property
+    def pixel_range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Values of black and of white in a batch, for each channel, two times (C,).
+
+        They bound an attack's images, and ``(images - black) / (white - black)`` are pixels in 0 to 1 again.
+        """
+        channels = list(zip(*self._constants, strict=True))
+        black = tuple((0.0 - mean) / std for mean, std in channels)
+        return black, tuple((1.0 - mean) / std for mean, std in channels)
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------------
 
@@ -168,6 +208,44 @@ class ImageData(LightningDataModule):
         """The test part in order."""
         return self._eval_loader("test")
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch; in validation and test, too, autograd takes what comes out.
+
+        Lightning runs those in inference mode, and neither images nor labels made there may have a part in a backward
+        pass. An attack in ``validation_step`` or ``test_step`` is left with what it would need anyway:
+        ``torch.inference_mode(False)`` and ``torch.enable_grad()`` around it.
+        """
+        with torch.inference_mode(False):
+            images, labels = super().transfer_batch_to_device(batch, device, dataloader_idx)
+            return tuple(part.clone() if part.is_inference() else part for part in (images, labels))
+
+    @torch.inference_mode(False)  # what is kept from a validation can be used in training
+    def training_images(self) -> tuple[Tensor, Tensor]:
+        """All images of the training part in memory, as batches have them but never augmented, in the part's order.
+
+        For what is fitted once to the data, and for look-ups of nearest neighbours. Validation images are not among
+        them. The images take 4 * N * C * H * W bytes, and those on disk are all decoded (STL-10 with its unlabelled
+        images at 48x48: 2.9 GB; ImageNet at 224x224: 770 GB, so ask for a ``train_size``). Under DDP each rank gets
+        all of them. Order, augmentation and place of the training loader do not change.
+
+        Returns:
+            Images, float32, shape (N, C, H, W), and labels, int64, shape (N,); copies, free to be written to.
+
+        Raises:
+            RuntimeError: before ``setup("fit")``.
+        """
+        if "train" not in self._parts:
+            raise RuntimeError("Expected `setup('fit')` to have been called before `training_images`.")
+        count, side = len(self._parts["train"]), self.image_size
+        images = torch.empty(count, self.in_channels, side, side, dtype=torch.float32)
+        labels = torch.empty(count, dtype=torch.int64)
+        start = 0
+        for some_images, some_labels in self._eval_loader("train"):  # its keys are plain indices: no augmentation
+            stop = start + len(some_labels)
+            images[start:stop], labels[start:stop] = some_images, some_labels
+            start = stop
+        return images, labels
+
     # -- parts and loaders ---------------------------------------------------------------------------------------------
 
     def _eval_loader(self, part: str) -> DataLoader[Any]:
@@ -186,10 +264,10 @@ class ImageData(LightningDataModule):
     def _read_training_part(self) -> dict[str, ArrayImages | FileImages]:
         if self.source.on_disk:
             images = open_part(self.source, self.root or "", test=False)
-            train, val = self._split(torch.tensor(images.targets))
+            train, val = split(torch.tensor(images.targets), self.val_size, self.train_size, self.seed)
             return {"train": self._files(images, train, self.augment), "val": self._files(images, val)}
-        pixels, labels = in_memory(self.source, self.root, test=False)
-        train, val = self._split(labels)
+        pixels, labels = self._in_memory(test=False)
+        train, val = split(labels, self.val_size, self.train_size, self.seed)
         return {
             "train": self._arrays(pixels[train], labels[train], self.augment),
             "val": self._arrays(pixels[val], labels[val]),
@@ -197,7 +275,7 @@ class ImageData(LightningDataModule):
 
     def _read_test_part(self) -> ArrayImages | FileImages:
         if not self.source.on_disk:
-            return self._arrays(*in_memory(self.source, self.root, test=True))
+            return self._arrays(*self._in_memory(test=True))
         images = open_part(self.source, self.root or "", test=True)
         if self.dataset == "image_folder":
             classes = open_part(self.source, self.root or "", test=False).classes
@@ -208,42 +286,28 @@ class ImageData(LightningDataModule):
                 )
         return self._files(images, torch.arange(len(images)))
 
-    def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices of training and validation images."""
-        total = len(labels)
-        val_size = round(self.val_size * total) if isinstance(self.val_size, float) else self.val_size
-        if val_size >= total:
-            raise ValueError(
-                f"Expected argument `val_size` to be below {total}, all training images, but got {val_size}."
-            )
-        train, val = stratified_take(labels, val_size, self.seed)
-        if self.train_size is not None:
-            if self.train_size > len(train):
-                raise ValueError(
-                    f"Expected argument `train_size` to be at most {len(train)} but got {self.train_size}."
-                )
-            train = train[stratified_take(labels[train], self.train_size, self.seed)[1]]
-        return train, val
+    @property
+    def _constants(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation by which batches are normalised, each (C,)."""
+        constants = _NORMALIZATIONS[self.normalization]
+        if constants is None:
+            return self.source.mean, self.source.std
+        mean, std = constants
+        return [mean] * self.in_channels, [std] * self.in_channels
+
+    def _in_memory(self, test: bool) -> tuple[Tensor, Tensor]:
+        images, labels = in_memory(self.source, self.root, test)
+        return (resize(images, self.image_size, self.source.scale) if self._resized else images), labels
+
+    @property
+    def _resized(self) -> bool:
+        return self.image_size != self.source.image_size
 
     def _arrays(self, images: Tensor, labels: Tensor, augment: bool = False) -> ArrayImages:
-        source = self.source
-        pad, flip = (source.image_size // 8, source.flip) if augment else (0, False)
-        return ArrayImages(images, labels, source.mean, source.std, source.scale, pad, flip, self.seed)
+        pad, flip = (self.image_size // 8, self.source.flip) if augment else (0, False)
+        scale = 255.0 if self._resized else self.source.scale
+        return ArrayImages(images, labels, *self._constants, scale, pad, flip, self.seed)
 
     def _files(self, images: Any, indices: Tensor, augment: bool = False) -> FileImages:
-        from torchvision.transforms import v2
-
-        size, source = self.image_size, self.source
-        to_tensor = [
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(source.mean), list(source.std)),
-        ]
-        if size <= _SMALL:  # as for the datasets in memory
-            plain = v2.Compose([v2.Resize((size, size)), *to_tensor])
-            mirror = [v2.RandomHorizontalFlip()] if source.flip else []
-            random = v2.Compose([v2.Resize((size, size)), v2.RandomCrop(size, padding=size // 8), *mirror, *to_tensor])
-        else:  # with the customary margin: 256 pixels for a central crop of 224
-            plain = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *to_tensor])
-            random = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *to_tensor])
+        plain, random = file_transforms(self.image_size, *self._constants, self.source.flip)
         return FileImages(images, indices, plain, random if augment else None, self.seed)

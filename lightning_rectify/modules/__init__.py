@@ -2,5 +2,7 @@
 
 from lightning_rectify.modules.base import RectifiedModule
 from lightning_rectify.modules.classifier import ImageClassifier
+from lightning_rectify.modules.minimax import MinimaxModule
+from lightning_rectify.modules.spectral_gan import SpectralGAN
 
-__all__ = ["ImageClassifier", "RectifiedModule"]
+__all__ = ["ImageClassifier", "MinimaxModule", "RectifiedModule", "SpectralGAN"]

@@ -112,9 +112,7 @@ class RectifiedModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random state of every rank."""
-        states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        states = self._random_states()
         if self.trainer.world_size > 1:
             states = {name: torch.as_tensor(self.all_gather(state)).cpu() for name, state in states.items()}
         else:
@@ -137,11 +135,20 @@ class RectifiedModule(LightningModule):
             if self.global_rank >= len(states):
                 continue
             # A copy: torch reads the state from where the storage begins, not the view (rank 1 would crash).
-            state = states[self.global_rank].cpu().clone()
-            if name == "cpu":
-                torch.set_rng_state(state)
-            elif self.device.type == name:
-                torch.cuda.set_rng_state(state, self.device)
+            self._set_random_state(name, states[self.global_rank].cpu().clone())
+
+    def _random_states(self) -> dict[str, Tensor]:
+        """This rank's random state, by the name of what draws from it."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _set_random_state(self, name: str, state: Tensor) -> None:
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif self.device.type == name:
+            torch.cuda.set_rng_state(state, self.device)
 
     def check_finite(self, loss: Tensor, player: str) -> None:
         """Raise unless the loss is finite.

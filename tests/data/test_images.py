@@ -1,5 +1,6 @@
 """Image data: parts, batches, augmentation, order, ranks, resume."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import BatchSampler, DistributedSampler
+from torchvision.datasets import STL10
 from torchvision.transforms import v2
 
 from lightning_rectify._lightning import LightningModule, ModelCheckpoint, Trainer
-from lightning_rectify.data.image_datasets import ArrayImages, FileImages, pairs, stratified_take
+from lightning_rectify.data.image_datasets import ArrayImages, FileImages, pairs, resize, stratified_take
 from lightning_rectify.data.image_sources import SOURCES, in_memory
 from lightning_rectify.data.images import ImageData
 from lightning_rectify.data.resumable import EpochSampler, ResumableLoader
@@ -173,6 +175,7 @@ def test_image_folder_with_other_test_classes_is_refused(folder_root):
         ("kmnist", "KMNIST/raw"),
         ("svhn", "train_32x32.mat"),
         ("stl10", "stl10_binary"),
+        ("stl10_unlabeled", "stl10_binary"),
         ("usps", "usps.bz2"),
         ("imagenet", "ILSVRC2012"),
         ("image_folder", "train/CLASS/IMAGE"),
@@ -194,7 +197,8 @@ def test_missing_data_says_what_belongs_where(tmp_path, dataset, expected, stage
         ({"dataset": "cifar"}, "`dataset`.*got 'cifar'. Did you mean 'cifar10'"),
         ({"dataset": "cifar10"}, "`root`.*got None"),
         ({"dataset": "imagenet", "root": ".", "download": True}, "`download`"),
-        ({"image_size": 32}, "`image_size`.*8.*got 32"),
+        ({"image_size": 0}, "`image_size`.*at least 1.*got 0"),
+        ({"normalization": "tanh"}, "`normalization`.*dataset, symmetric, unit.*got 'tanh'"),
         ({"batch_size": 0}, "`batch_size`.*got 0"),
         ({"eval_batch_size": 0}, "`eval_batch_size`.*got 0"),
         ({"num_workers": -1}, "`num_workers`.*got -1"),
@@ -222,6 +226,273 @@ def test_a_batch_larger_than_the_data_is_refused():
     data = stages(ImageData(batch_size=300, train_size=200))
     with pytest.raises(ValueError, match=r"`batch_size`.*at most 200.*got 300"):
         data.train_dataloader()
+
+
+# -- STL-10 with its unlabelled images ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stl10_root(tmp_path, monkeypatch):
+    """STL-10 with 20 labelled images, 40 unlabelled and 10 of the test, in its own format; checksums to match."""
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    sums = {}
+    for part, size in (("train", 20), ("unlabeled", 40), ("test", 10)):
+        files = {f"{part}_X.bin": rng.integers(0, 256, (size, 3, 96, 96)), f"{part}_y.bin": np.arange(size) % 10 + 1}
+        for name, array in files.items():
+            (folder / name).write_bytes(array.astype(np.uint8).tobytes())
+            sums[name] = hashlib.md5((folder / name).read_bytes(), usedforsecurity=False).hexdigest()
+    for names in ("train_list", "test_list"):
+        monkeypatch.setattr(STL10, names, [[name, sums[name]] for name, _ in getattr(STL10, names)])
+    return tmp_path
+
+
+def test_stl10_with_unlabelled_images(stl10_root):
+    options = {"root": str(stl10_root), "batch_size": 5, "image_size": 48, "val_size": 12}
+    data = stages(ImageData("stl10_unlabeled", **options))
+    train, val, test = (data._parts[part].labels for part in ("train", "val", "test"))
+    # 12 of 60 images, a fifth of each class: 8 of the 40 unlabelled ones, 0.4 of the 2 of each class.
+    assert (len(val), (val == -1).sum().item()) == (12, 8)
+    assert (val + 1).bincount(minlength=11)[1:].max() <= 1
+    assert ((train == -1).sum().item(), (train >= 0).sum().item()) == (32, 16)
+    assert test.tolist() == list(range(10))
+    assert data.num_classes == 10
+    images, labels = next(iter(data.train_dataloader()))
+    assert (images.shape, labels.dtype, data.image_size) == ((5, 3, 48, 48), torch.int64, 48)
+    labelled = stages(ImageData("stl10", **options | {"val_size": 0}))
+    assert sorted(labelled._parts["train"].labels.tolist()) == sorted([*range(10)] * 2)
+    assert (labelled.mean, labelled.std) == (data.mean, data.std)
+    few = ImageData("stl10_unlabeled", **options | {"train_size": 6})
+    few.setup("fit")
+    assert (few._parts["train"].labels == -1).sum() == 4
+
+
+# -- size --------------------------------------------------------------------------------------------------------------
+
+
+def triangle_weights(old, new):
+    """Rows of the float64 matrix that brings a signal of length ``old`` to ``new``: a triangle on pixel centres.
+
+    It is one old pixel wide on each side, or one new pixel where these are larger (antialias), and sums to 1.
+    """
+    width = max(1.0, old / new)
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    weights = np.clip(1 - np.abs(centres[:, None] - np.arange(old)) / width, 0, None)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(("old", "new"), [(8, 32), (28, 32), (96, 48), (16, 5), (1, 3), (3, 1)])
+def test_resize_is_the_bilinear_formula(old, new):
+    images = torch.randint(0, 256, (3, 2, old, old), dtype=torch.uint8, generator=torch.Generator().manual_seed(old))
+    exact = triangle_weights(old, new) @ images.double().numpy() @ triangle_weights(old, new).T
+    gap = np.abs(resize(images, new).double().numpy() - exact)
+    assert gap.max() <= 0.5 + 1e-3  # rounded to bytes; 1e-3 for sums of up to 16 float32 products of size 255
+    pillow = [Image.fromarray(image.numpy()).resize((new, new), Image.Resampling.BILINEAR) for image in images[:, 0]]
+    # Pillow rounds after each of the two directions: up to a whole step away.
+    assert np.abs(np.array(pillow) - exact[:, 0]).max() <= 1.01
+
+
+def test_digits_at_32_lose_no_shade():
+    data, small = (stages(ImageData(image_size=side, normalization="unit", seed=2)) for side in (32, 8))
+    assert (data.image_size, small.image_size) == (32, 8)
+    for part in ("train", "val", "test"):
+        images, labels = data._parts[part].__getitems__(range(len(data._parts[part])))
+        originals, same_labels = small._parts[part].__getitems__(range(len(images)))
+        assert torch.equal(labels, same_labels)
+        assert images.shape == (len(labels), 1, 32, 32)
+        assert (images.min(), images.max()) == (0, 1)
+        exact = triangle_weights(8, 32) @ originals.double().numpy() @ triangle_weights(8, 32).T
+        assert np.abs(images.double().numpy() - exact).max() <= 0.5 / 255 + 1e-6  # half a byte, and float32
+        # To four times the side, each old pixel has the same total weight: rounding alone moves an image's mean.
+        means = images.double().mean(dim=(1, 2, 3)) - originals.double().mean(dim=(1, 2, 3))
+        assert means.abs().max() < 0.2 / 255  # of 1,024 roundings, partly alike in flat parts
+
+
+def test_sizes_keep_constants_of_dataset_and_of_images():
+    shades = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1)
+    for old, new in ((28, 32), (96, 48), (32, 7)):
+        assert torch.equal(resize(shades.expand(-1, 1, old, old), new), shades.expand(-1, 1, new, new))
+    sixteenths = torch.arange(17, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    assert torch.equal(resize(sixteenths, 9, scale=16.0)[:, 0, 0, 0], torch.arange(17).mul(255 / 16).round().byte())
+    large, small = stages(ImageData(image_size=32)), stages(ImageData())
+    assert (large.mean, large.std) == (small.mean, small.std) == ((0.306,), (0.377,))
+    images, _ = large.training_images()
+    assert abs(images.mean().item()) < 0.02  # as at 8x8: bilinear interpolation keeps the mean
+
+
+def test_resize_in_chunks_is_resize_at_once(monkeypatch, random_images):
+    images, _ = random_images
+    whole = resize(images.transpose(2, 3), 8)  # STL-10 lies transposed in memory
+    monkeypatch.setattr("lightning_rectify.data.image_datasets._CHUNK", 3 * 16 * 16 * 7)  # seven at a time
+    assert torch.equal(resize(images.transpose(2, 3), 8), whole)
+    monkeypatch.setattr("lightning_rectify.data.image_datasets._CHUNK", 1)  # at least one at a time
+    assert torch.equal(resize(images.transpose(2, 3), 8), whole)
+
+
+def test_sizes_leave_parts_order_and_frame_in_place(fashion_root):
+    options = {"root": str(fashion_root), "batch_size": 9, "val_size": 10, "augment": True, "normalization": "unit"}
+    data, small = (stages(ImageData("fashion_mnist", image_size=side, **options)) for side in (32, None))
+    assert (data._parts["train"].pad, small._parts["train"].pad) == (4, 3)  # an eighth of the side
+    for (images, labels), (_, same_labels) in zip(data.train_dataloader(), small.train_dataloader(), strict=True):
+        assert images.shape == (9, 1, 32, 32)
+        assert torch.equal(labels, same_labels)
+    assert torch.equal(data._parts["test"].images, resize(small._parts["test"].images, 32))
+
+
+# -- normalisation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_size", [None, 32])
+@pytest.mark.parametrize("augment", [False, True])
+def test_normalisations_in_memory(augment, image_size):
+    options = {"augment": augment, "image_size": image_size, "batch_size": 200}
+    plain, symmetric, unit = (
+        next(iter(stages(ImageData(normalization=name, **options)).train_dataloader()))[0]
+        for name in ("dataset", "symmetric", "unit")
+    )
+    assert torch.equal(symmetric, 2 * unit - 1)  # exact: powers of two
+    assert (unit.min(), unit.max(), symmetric.min(), symmetric.max()) == (0, 1, -1, 1)  # not one ulp outside
+    torch.testing.assert_close(plain, (unit - 0.306) / 0.377, rtol=0, atol=1e-6)  # float32, values up to 2
+    assert torch.equal(plain, next(iter(stages(ImageData(**options)).train_dataloader()))[0])
+
+
+def test_every_byte_has_its_place_in_the_unit_interval():
+    shades = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1)
+    data = ImageData("mnist", root=".", normalization="unit")
+    images, _ = data._arrays(shades, torch.zeros(256, dtype=torch.int64)).__getitems__(range(256))
+    torch.testing.assert_close(images.flatten(), torch.arange(256) / 255, rtol=0, atol=6e-8)  # an ulp below 1
+    assert torch.equal(images.mul(255).round().byte(), shades)
+    assert (images[0], images[-1]) == (0, 1)
+
+
+@pytest.mark.parametrize("normalization", ["dataset", "symmetric", "unit"])
+def test_frame_is_black_in_memory_and_on_disk(tmp_path, normalization):
+    """White images: all that is not white in an augmented one is the frame."""
+    for part in ("train", "test"):
+        for i in range(30):
+            path = tmp_path / part / "white" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), "white").save(path)
+    options = {"root": str(tmp_path), "image_size": 16, "augment": True, "val_size": 0}
+    data = ImageData("image_folder", batch_size=30, normalization=normalization, **options)
+    data.setup("fit")
+    black, white = (torch.tensor(bound).view(3, 1, 1) for bound in data.pixel_range)
+    white_images = torch.full((30, 3, 16, 16), 255, dtype=torch.uint8)
+    arrays = ImageData("cifar10", root=".", normalization=normalization)._arrays(white_images, torch.zeros(30), True)
+    array_range = ImageData("cifar10", root=".", normalization=normalization).pixel_range
+    for images, (low, high) in (
+        (next(iter(data.train_dataloader()))[0], (black, white)),
+        (
+            arrays.__getitems__([(0, i) for i in range(30)])[0],
+            (torch.tensor(side).view(3, 1, 1) for side in array_range),
+        ),
+    ):
+        # In units of pixels again; 1e-6 for float32 constants of the dataset, the others are exact.
+        pixels = (images - low) / (high - low)
+        frame, inside = (pixels.abs() < 1e-6), (pixels - 1).abs() < 1e-6
+        assert (frame | inside).all()
+        assert frame.any()
+        if normalization != "dataset":
+            assert (images.min(), images.max()) == (low.min(), high.max())
+    for images in (data.training_images()[0], data._parts["train"].__getitems__([0, 1])[0]):
+        torch.testing.assert_close(images, white.expand_as(images), rtol=0, atol=1e-6)
+
+
+def test_normalisations_on_disk(folder_root):
+    options = {"root": str(folder_root), "image_size": 24, "augment": True, "val_size": 3, "batch_size": 21}
+    batches = []
+    for name in ("dataset", "symmetric", "unit"):
+        data = stages(ImageData("image_folder", normalization=name, **options))
+        batches.append([next(iter(loader))[0] for loader in (data.train_dataloader(), data.test_dataloader())])
+    mean, std = (torch.tensor(constants).view(3, 1, 1) for constants in (data.mean, data.std))
+    for plain, symmetric, unit in zip(*batches, strict=True):
+        torch.testing.assert_close(symmetric, 2 * unit - 1, rtol=0, atol=2e-7)  # rounded once more or less, below 1
+        torch.testing.assert_close(plain, (unit - mean) / std, rtol=0, atol=2e-6)  # float32, values up to 3
+        assert 0 <= unit.min() < unit.max() <= 1
+        assert -1 <= symmetric.min() < symmetric.max() <= 1
+
+
+def test_pixel_range_bounds_what_batches_hold():
+    assert ImageData(normalization="unit").pixel_range == ((0.0,), (1.0,))
+    assert ImageData("cifar10", root=".", normalization="symmetric").pixel_range == ((-1.0,) * 3, (1.0,) * 3)
+    low, high = ImageData("cifar10", root=".").pixel_range
+    assert low == pytest.approx([-0.4914 / 0.2470, -0.4822 / 0.2435, -0.4465 / 0.2616])
+    assert high == pytest.approx([0.5086 / 0.2470, 0.5178 / 0.2435, 0.5535 / 0.2616])
+
+
+class Attacked(LightningModule):
+    """Takes one step of the sign of the gradient, in validation and test."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.moved = torch.nn.Linear(64, 10), []
+
+    def validation_step(self, batch, batch_idx):
+        assert torch.is_inference_mode_enabled()  # or the test shows nothing
+        images, labels = batch
+        with torch.inference_mode(False), torch.enable_grad():
+            images.requires_grad_()
+            loss = torch.nn.functional.cross_entropy(self.layer(images.flatten(1)), labels)
+            (slope,) = torch.autograd.grad(loss, images)
+        self.moved.append((images + 0.1 * slope.sign()).clamp(0, 1).sub(images).abs().max().item())
+
+    test_step = validation_step
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_validation_and_test_batches_can_be_attacked(num_workers):
+    data = ImageData(batch_size=72, num_workers=num_workers, normalization="unit")
+    model = Attacked()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.validate(model, datamodule=data, verbose=False)
+    trainer.test(model, datamodule=data, verbose=False)
+    assert model.moved == pytest.approx([0.1] * 7)  # two batches of 144 images, five of 359
+    clean = ImageData(normalization="unit")
+    clean.setup("test")
+    assert torch.equal(data._parts["test"].images, clean._parts["test"].images)
+
+
+# -- all training images -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_images_in_memory(num_workers):
+    options = {"augment": True, "batch_size": 100, "train_size": 250, "num_workers": num_workers}
+    data = ImageData(normalization="symmetric", **options)
+    with pytest.raises(RuntimeError, match=r"`setup\('fit'\)`.*`training_images`"):
+        data.training_images()
+    data.setup("fit")
+    loader = data.train_dataloader()
+    state = torch.random.get_rng_state()
+    with torch.inference_mode():
+        images, labels = data.training_images()
+    assert not images.is_inference()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    part = data._parts["train"]
+    assert torch.equal(images, part.images.float() / 8 - 1)  # exact: sixteenths
+    assert torch.equal(labels, part.labels)
+    assert (images.dtype, labels.dtype, images.shape) == (torch.float32, torch.int64, (250, 1, 8, 8))
+    again = ImageData(normalization="symmetric", **options)
+    again.setup("fit")
+    images.zero_(), labels.zero_()  # copies: training does not see it
+    for batch, same in zip(loader, again.train_dataloader(), strict=True):
+        assert torch.equal(batch[0], same[0])
+        assert torch.equal(batch[1], same[1])
+
+
+def test_training_images_on_disk(folder_root):
+    options = {"root": str(folder_root), "image_size": 24, "augment": True, "val_size": 3, "batch_size": 4}
+    data = ImageData("image_folder", normalization="unit", **options)
+    data.setup("fit")
+    images, labels = data.training_images()
+    assert images.shape == (21, 3, 24, 24)
+    assert labels.bincount().tolist() == [7, 7, 7]
+    source = data._parts["train"]
+    for image, index in zip(images, source.indices, strict=True):
+        path, _ = source.images.samples[index]
+        pixels = np.array(Image.open(path).resize((24, 24), Image.Resampling.BILINEAR))
+        torch.testing.assert_close(image, torch.from_numpy(pixels).permute(2, 0, 1) / 255)
 
 
 # -- augmentation ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from lightning_rectify._lightning import Trainer, seed_everything
 from lightning_rectify.data.images import ImageData
 from lightning_rectify.modules.base import NonFiniteLossError
 from lightning_rectify.modules.classifier import ImageClassifier
-from lightning_rectify.modules.classifier.networks import CifarResNet, SmallCNN, build_network
+from lightning_rectify.modules.image_networks import CifarResNet, SmallCNN, build_network
 from lightning_rectify.optim import RectifiedAdam
 
 QUIET = {

@@ -1,6 +1,5 @@
 """How the monitor's numbers are shown: TensorBoard's custom-scalars page, histograms, the CSV and the figure."""
 
-import csv
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from lightning_rectify.callbacks._logs import CsvFile
 from lightning_rectify.callbacks.adaptive_rate.quantities import QUANTILES, QUANTITIES, Block, Points
 
 PREFIX = "adaptive_rate"
@@ -66,7 +66,7 @@ def write_histograms(writer: Any, key: str, block: Block, points: Points) -> Non
 
 
 class CsvStore:
-    """The points on disk: one row a group and step, flushed as they come, so that nothing is lost or held in memory.
+    """The points on disk: one row a group and step, flushed as they come.
 
     Args:
         path: file to append to; made, with its header, at the first point.
@@ -76,6 +76,7 @@ class CsvStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = CsvFile(path, self.FIELDS)
 
     def append(self, key: str, steps: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
         """Write points of one group.
@@ -85,14 +86,9 @@ class CsvStore:
             steps: shape (S,).
             values: for each quantity an array of shape (S,).
         """
-        new = not self.path.exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(self.FIELDS)
-            for i, step in enumerate(steps):
-                writer.writerow([key, int(step), *(f"{values[name][i]:.9g}" for name in QUANTITIES)])
+        self._file.append(
+            [key, int(step), *(f"{values[name][i]:.9g}" for name in QUANTITIES)] for i, step in enumerate(steps)
+        )
 
     def keep_until(self, steps: Mapping[str, int]) -> None:
         """Drop points that an earlier run in this folder left beyond the step from which this one goes on.
@@ -100,24 +96,13 @@ class CsvStore:
         Args:
             steps: that step for each group.
         """
-        if not self.path.exists():
-            return
-        old = self.read()
-        self.path.unlink()
-        for key, table in old.items():
-            kept = table["step"] <= steps.get(key, 0)
-            if kept.any():
-                self.append(key, table["step"][kept], {name: table[name][kept] for name in QUANTITIES})
+        self._file.keep(lambda row: int(row[1]) <= steps.get(row[0], 0))
 
     def read(self) -> dict[str, dict[str, np.ndarray]]:
         """All points: per group, "step" and each quantity as an array."""
         rows: dict[str, list[list[float]]] = defaultdict(list)
-        if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                reader = csv.reader(file)
-                next(reader)
-                for key, *numbers in reader:
-                    rows[key].append([float(number) for number in numbers])
+        for key, *numbers in self._file.rows():
+            rows[key].append([float(number) for number in numbers])
         return {key: dict(zip(self.FIELDS[1:], np.array(table).T, strict=True)) for key, table in rows.items()}
 
 

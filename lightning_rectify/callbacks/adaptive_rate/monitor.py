@@ -1,7 +1,6 @@
 """``AdaptiveRateMonitor``: the variance of the adaptive learning rate at every step, beside its theory."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +11,11 @@ from torch.utils.hooks import RemovableHandle
 from lightning_rectify._lightning import (
     Callback,
     LightningModule,
-    Logger,
-    MisconfigurationException,
-    TensorBoardLogger,
     Trainer,
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_rectify.callbacks._logs import add_layout, is_dry, require_logger, run_folder, writers
 from lightning_rectify.callbacks.adaptive_rate.alarms import AdaptiveRateWarning, GroupAlarms
 from lightning_rectify.callbacks.adaptive_rate.dashboard import (
     PREFIX,
@@ -121,11 +118,8 @@ class AdaptiveRateMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer without logger early."""
-        if stage == "fit" and self.strict and not trainer.loggers and not _is_dry(trainer):
-            raise MisconfigurationException(
-                "Expected the Trainer of AdaptiveRateMonitor to have a logger but got logger=False; use logger=True, "
-                "or CSVLogger or TensorBoardLogger of your choice."
-            )
+        if stage == "fit" and self.strict:
+            require_logger(trainer, "AdaptiveRateMonitor")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers, hook their steps, lay out the dashboard."""
@@ -140,8 +134,8 @@ class AdaptiveRateMonitor(Callback):
             )
         if trainer.is_global_zero and optimizers:
             self._open_folder(trainer)
-            for writer in _writers(trainer):
-                writer.add_custom_scalars(layout([key for watch in self._watches for key in watch.layer_keys()]))
+            for writer in writers(trainer):
+                add_layout(writer, layout([key for watch in self._watches for key in watch.layer_keys()]))
         self._group_alarms = {}
         for watch in self._watches:
             for key, group in zip(watch.keys, watch.optimizer.param_groups, strict=True):
@@ -244,7 +238,7 @@ class AdaptiveRateMonitor(Callback):
                 row.update({f"{PREFIX}/{unit.key}/{name}": float(column[i]) for name, column in points.values.items()})
             if self._store is not None:
                 self._store.append(unit.key, points.step, points.values)
-            for writer in _writers(trainer) if self.histograms else ():
+            for writer in writers(trainer) if self.histograms else ():
                 write_histograms(writer, unit.key, block, points)
             if alarms := self._group_alarms.get(unit.key):
                 findings = alarms.feed(block, points, unit.low_precision)
@@ -260,13 +254,13 @@ class AdaptiveRateMonitor(Callback):
                 continue
             self.alarms[alarm, key] = message
             rank_zero_warn(f"AdaptiveRateMonitor, group {key!r}: {message}", category=AdaptiveRateWarning)
-            for writer in _writers(trainer):
+            for writer in writers(trainer):
                 writer.add_text(f"{PREFIX}/{key}/{alarm}", message, step)
 
     def _open_folder(self, trainer: Trainer) -> None:
-        if _is_dry(trainer) or not trainer.loggers:
+        if is_dry(trainer) or not trainer.loggers:
             return
-        self._store = CsvStore(_folder(trainer.loggers[0], trainer.default_root_dir) / "adaptive_rate.csv")
+        self._store = CsvStore(run_folder(trainer) / "adaptive_rate.csv")
         # A run that goes on in an old folder rewrites what came after its checkpoint.
         self._store.keep_until({key: watch.calls for watch in self._watches for key in watch.layer_keys()})
 
@@ -279,9 +273,9 @@ class AdaptiveRateMonitor(Callback):
             figure = draw(self._store.read(), [key for watch in self._watches for key in watch.keys])
             figure.savefig(folder / "adaptive_rate.png", dpi=110)
             said += f"\n  figure in {folder / 'adaptive_rate.png'}"
-            for writer in _writers(trainer):
+            for writer in writers(trainer):
                 writer.add_figure(f"{PREFIX}/figure", figure, max(watch.calls for watch in self._watches))
-        if any(True for _ in _writers(trainer)):
+        if any(True for _ in writers(trainer)):
             said += f"\n  dashboard: tensorboard --logdir {folder}  (tab Custom Scalars)"
         rank_zero_info(said)
 
@@ -291,25 +285,5 @@ class AdaptiveRateMonitor(Callback):
         self._handles, self._watches, self._store, self._latest = [], [], None, {}
 
 
-def _is_dry(trainer: Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
 def _sum_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
     return torch.as_tensor(trainer.strategy.reduce(tensor, reduce_op="sum"))
-
-
-def _writers(trainer: Trainer) -> Iterator[Any]:
-    """TensorBoard's writers, on the process that writes."""
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                yield logger.experiment
-
-
-def _folder(logger: Logger, default: str) -> Path:
-    """The run's own folder: the logger's log_dir, or what its save_dir, name and version make."""
-    if folder := getattr(logger, "log_dir", None):
-        return Path(folder)
-    parts = [str(part) for part in (logger.name, logger.version) if part is not None]
-    return Path(logger.save_dir or default, *parts)

@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_rectify.modules.base import RectifiedModule
-from lightning_rectify.modules.classifier.networks import build_network
+from lightning_rectify.modules.image_networks import build_network
 
 
 class ImageClassifier(RectifiedModule):

@@ -1,0 +1,66 @@
+"""Looking at a network in the middle of training and leaving it as it was."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_rectify.nn._matrices import MATRIX_LAYERS
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Within this context the modules are in evaluation mode and nothing is recorded for gradients.
+
+    Each submodule gets back the mode that it had: a frozen batch normalization stays in evaluation mode.
+
+    Args:
+        modules: any modules.
+
+    Yields:
+        Nothing.
+    """
+    # The attribute and not train(): modules override that to do more.
+    modes = {part: part.training for module in modules for part in module.modules()}
+    for part in modes:
+        part.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def refuse_sharded(modules: Iterable[nn.Module], callback: str) -> None:
+    """Raise if a weight is spread over processes; to be called on all of them.
+
+    Args:
+        modules: what will be looked at.
+        callback: who asks, for the message.
+
+    Raises:
+        ValueError: if a parameter is a DTensor, or the weight of a layer is not in the layer's own shape.
+    """
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if isinstance(parameter, UninitializedParameter):  # lazy
+                continue
+            if isinstance(parameter, DTensor):
+                found = f"{name!r} is a DTensor"
+            elif parameter.dim() < 2 and _is_weight(module, name):  # FSDP 1 and ZeRO 3 leave flat pieces
+                found = f"{name!r} has shape {tuple(parameter.shape)}"
+            else:
+                continue
+            raise ValueError(
+                f"Expected the weights that {callback} looks at to be whole on each process but got sharded ones "
+                f"({found}); use a strategy that replicates them, such as 'ddp'."
+            )
+
+
+def _is_weight(module: nn.Module, name: str) -> bool:
+    path, _, last = name.rpartition(".")
+    return last == "weight" and isinstance(module.get_submodule(path), MATRIX_LAYERS)
