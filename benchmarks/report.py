@@ -129,6 +129,48 @@ def variance_simulation(result: Result) -> str:
     )
 
 
+def spectral_cost(result: Result) -> str:
+    return table(
+        ["a discriminator's step", "width", "CPU time", "× plain", "× exact SVD"],
+        (
+            [
+                row["variant"],
+                str(row["width"]),
+                f"{row['median_ms']:.0f} ms",
+                f"{row['ratio_to_plain']:.2f}",
+                f"{row['ratio_to_exact_svd']:.2f}",
+            ]
+            for row in result["rows"]
+        ),
+    )
+
+
+def spectral_gan(dataset: str, metric: str, scale: float) -> Callable[[Result], str]:
+    """A renderer of one metric on one data set: controls down, widths across, mean and half width of the interval."""
+
+    def cell(row: Result | None) -> str:
+        if row is None or row[metric] is None:
+            return ""
+        half = row[f"{metric}_half_width"]
+        bad = f" ({row['diverged']} of {row['runs']} diverged)" if row["diverged"] else ""
+        return f"{scale * row[metric]:.1f}{'' if half is None else f' ± {scale * half:.1f}'}{bad}"
+
+    def render(result: Result) -> str:
+        lines = [row for row in result["table"] if row["dataset"] == dataset]
+        widths = sorted({row["width"] for row in lines})
+        cells = {(row["control"], row["width"]): row for row in lines}
+        title = f"{metric.upper()}{f' × {scale:g}' if scale != 1 else ''}"
+        return table(
+            [title, *(f"width {width}" for width in widths)],
+            (
+                [control, *(cell(cells.get((control, width))) for width in widths)]
+                for control in dict.fromkeys(row["control"] for row in lines)
+            ),
+        )
+
+    return render
+
+
 RENDERERS: dict[str, Callable[[Result], str]] = {
     "optimizer_step": optimizer_step,
     "monitor_cost": monitor_cost,
@@ -136,6 +178,11 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "lr_sensitivity_20_epochs": lr_sensitivity,
     "lr_sensitivity.spread": lr_sensitivity_spread,
     "variance_simulation": variance_simulation,
+    "spectral_cost": spectral_cost,
+    "spectral_gan.fashion_mnist_kid": spectral_gan("fashion_mnist", "kid", 1000),
+    "spectral_gan.fashion_mnist_fd": spectral_gan("fashion_mnist", "fd", 1),
+    "spectral_gan.cifar10_kid": spectral_gan("cifar10", "kid", 1000),
+    "spectral_gan.cifar10_fd": spectral_gan("cifar10", "fd", 1),
 }
 
 

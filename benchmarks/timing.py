@@ -121,6 +121,19 @@ def _synchronizer(device: torch.device) -> Callable[[], None]:
     return lambda: None
 
 
+def data_folder(given: str | None, candidates: Sequence[str]) -> str:
+    """The first of the folders, below ``--data`` or the environment variable, that is there.
+
+    Raises:
+        SystemExit: if none is.
+    """
+    base = given or os.environ.get(DATA_VARIABLE)
+    for candidate in candidates if base else ():
+        if (folder := Path(str(base)) / candidate).is_dir():
+            return str(folder)
+    raise SystemExit(f"--data: expected a folder that holds {' or '.join(candidates)} but got {base!r}.")
+
+
 # -- the environment and the result -----------------------------------------------------------------------------------
 
 
@@ -177,20 +190,21 @@ def output_path(name: str, out: Path | None, quick: bool) -> Path:
 def command(argv: Sequence[str] | None = None) -> str:
     """The command line that makes the result again, without this machine's paths.
 
-    ``--out`` is kept only where it names a file in results/; the value of ``--data`` becomes the environment variable
-    it stands for.
+    ``--out`` is kept only where it names a file in results/, ``--work`` never; the value of ``--data`` becomes the
+    environment variable it stands for.
     """
     argv = list(sys.argv if argv is None else argv)
-    words = ["python", f"benchmarks/{Path(argv[0]).name}"]
+    script = Path(argv[0])
+    words = ["python", "/".join(["benchmarks", *(["papers"] if script.parent.name == "papers" else []), script.name])]
     rest = iter(argv[1:])
     for word in rest:
         option, equals, value = word.partition("=")
-        if option in ("--out", "--data"):
+        if option in ("--out", "--data", "--work"):
             if not equals:
                 value = next(rest, "")
             if option == "--data":
                 words += ["--data", f'"${DATA_VARIABLE}"']
-            elif Path(value).resolve().parent == RESULTS:
+            elif option == "--out" and Path(value).resolve().parent == RESULTS:
                 words += ["--out", shlex.quote(f"benchmarks/results/{Path(value).name}")]
         else:
             words.append(shlex.quote(word))
