@@ -12,13 +12,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = ["optimizer_step", "monitor_cost", "lr_sensitivity", "variance_simulation"]
+SCRIPTS = ["optimizer_step", "monitor_cost", "lr_sensitivity", "variance_simulation", "spectral_cost"]
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,32 @@ def test_quick_mode_writes_a_result_that_report_renders(script: str, results: Pa
     assert str(ROOT) not in text
     for name in (name for name in report.RENDERERS if name.split(".")[0] == script):
         assert report.render(name, results).count("|") > 10
+
+
+def test_narrow_discriminator_study_runs_goes_on_and_is_rendered(results: Path, report: ModuleType) -> None:
+    path = results / "spectral_gan.json"
+    first = call("papers/spectral_gan", "--quick", "--out", str(path))
+    assert first.returncode == 0, first.stderr
+    assert "4 of 4 runs to do" in first.stdout
+    result = json.loads(path.read_text())
+    assert result["command"] == "python benchmarks/papers/spectral_gan.py --quick"
+    assert [(row["control"], row["seed"]) for row in result["rows"]] == [
+        (control, seed) for control in ("plain", "8 d_optimal") for seed in (1, 2)
+    ]
+    plain, _ = result["table"]
+    assert plain["kid"] == pytest.approx(sum(row["kid"] for row in result["rows"][:2]) / 2, rel=1e-12)
+    # Two values: Student's t of one degree of freedom, 12.706, times half their distance.
+    assert plain["kid_half_width"] == pytest.approx(
+        12.706 * abs(result["rows"][0]["kid"] - result["rows"][1]["kid"]) / 2, rel=1e-9
+    )
+    largest = {max(values) for values in result["rows"][2]["spectra"].values()}
+    assert largest
+    assert all(value == pytest.approx(1, abs=0.02) for value in largest)  # normalized, but for U and V
+    assert report.spectral_gan("digits", "kid", 1000)(result).count("|") > 6
+    assert path.with_suffix(".png").exists()
+
+    again = call("papers/spectral_gan", "--quick", "--out", str(path))
+    assert "0 of 4 runs to do" in again.stdout
 
 
 def test_interrupted_study_goes_on_and_refuses_other_settings(results: Path, monkeypatch, timing: ModuleType) -> None:
