@@ -67,7 +67,8 @@ class SpectralGAN(MinimaxModule):
         generator_optimizer: see :class:`MinimaxModule`.
         discriminator_optimizer: the same.
         eval_seed: of the latent vectors of validation, test and prediction, at least 0.
-        **kwargs: of :class:`MinimaxModule`, but ``turns``, ``averages`` and ``joint``.
+        **kwargs: of :class:`MinimaxModule`, but ``turns``, ``averages`` and ``joint``. ``compile`` leaves out a
+            discriminator under ``gradient_penalty`` or ``r1``: compiled code has no second derivatives.
 
     Raises:
         ValueError: for an argument outside its range; in ``setup``, for data that do not fit.
@@ -105,6 +106,13 @@ class SpectralGAN(MinimaxModule):
             raise ValueError(f"Expected argument `n_dis` to be at least 1 but got {n_dis}.")
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"Expected argument `ema_decay` to be in [0, 1) or None but got {ema_decay}.")
+        # A checkpoint may hold a parent's default of these, False or None.
+        for name in ("turns", "averages", "joint"):
+            if value := kwargs.pop(name, None):
+                raise ValueError(
+                    f"Expected argument `{name}` to be left out, as `n_dis` and `ema_decay` stand for it, but got "
+                    f"{value!r}."
+                )
         super().__init__(
             turns={"discriminator": n_dis},
             averages=None if ema_decay is None else {"generator": ema_decay},
@@ -185,6 +193,14 @@ class SpectralGAN(MinimaxModule):
             )
         return [part[turn * size : (turn + 1) * size] for part in batch]
 
+    def networks(self) -> list[nn.Module]:
+        """What ``compile`` compiles; without the discriminator where its gradient is penalised.
+
+        Compiled code has no second derivatives, which those penalties need.
+        """
+        twice = self.gradient_penalty > 0 or self.r1 > 0
+        return [self.generator] if twice else [self.discriminator, self.generator]
+
     def turn_context(self, player: str) -> AbstractContextManager[Any]:
         """The discriminator's weights are rebuilt from their factors once for all that one loss does with them."""
         return rebuilt_once(self.discriminator)
@@ -208,25 +224,45 @@ class SpectralGAN(MinimaxModule):
 
         Args:
             count: how many, at least 1.
-            seed: of the latent vectors.
+            seed: of the latent vectors, which are the same on every device.
             labels: classes, int64, shape (count,), of a conditional model; by default they take turns.
             truncation: of the latent vectors, above 0.
+
+        Raises:
+            ValueError: for an argument outside its range, and for labels of an unconditional model.
         """
-        generator = torch.Generator(self.device).manual_seed(seed)
-        latents = draw_latents(count, self.latent_size, self.latent_distribution, generator, truncation)
+        _at_least_one(count=count)
+        classes = self.num_classes
+        if classes is not None and labels is not None and not _are_classes(labels, count, classes):
+            raise ValueError(
+                f"Expected argument `labels` to be classes from 0 to {classes - 1}, shape ({count},), but got shape "
+                f"{tuple(labels.shape)}: {labels}."
+            )
+        latents = self._seeded_latents(count, seed, truncation)
         return self._decode(latents, self._every_class(count) if labels is None else labels)
 
     def interpolate(self, pairs: int, steps: int, seed: int = 0) -> Tensor:
         """Images on the way between ``pairs`` pairs of latent vectors, shape (pairs * steps, C, H, W).
 
-        The way is the great arc for normal latents, the straight line for uniform ones; a pair has one class.
+        The way is the great arc for normal latents, the straight line for uniform ones. The starts are the first half
+        of the latents of ``sample(2 * pairs, seed)``, the ends the second; a pair has one class, the pairs take turns.
+
+        Args:
+            pairs: how many, at least 1.
+            steps: images of a pair, its ends among them, at least 1.
+            seed: of the latent vectors.
         """
-        generator = torch.Generator(self.device).manual_seed(seed)
-        start, end = draw_latents(2 * pairs, self.latent_size, self.latent_distribution, generator).chunk(2)
+        _at_least_one(pairs=pairs, steps=steps)
+        start, end = self._seeded_latents(2 * pairs, seed).chunk(2)
         path = slerp if self.latent_distribution == "normal" else lerp
         latents = path(start, end, torch.linspace(0, 1, steps, device=self.device))
         labels = self._every_class(pairs)
         return self._decode(latents.flatten(0, 1), None if labels is None else labels.repeat_interleave(steps))
+
+    def _seeded_latents(self, count: int, seed: int, truncation: float | None = None) -> Tensor:
+        """Latents on the module's device, drawn on the CPU: a seed means the same images everywhere."""
+        generator = torch.Generator().manual_seed(seed)
+        return draw_latents(count, self.latent_size, self.latent_distribution, generator, truncation, self.device)
 
     def _decode(self, latents: Tensor, labels: Tensor | None, chunk: int = 250) -> Tensor:
         images = []
@@ -290,21 +326,23 @@ class SpectralGAN(MinimaxModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """As many images as the batch has examples, of their classes if conditional; a function of batch and rank."""
-        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        images, labels = (batch[0], self._labels(batch)) if isinstance(batch, (tuple, list)) else (batch, None)
         sequence = np.random.SeedSequence([self.eval_seed, self.global_rank, dataloader_idx, batch_idx])
         seed = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-        return self.sample(len(images), seed=seed, labels=self._labels(batch))
+        return self.sample(len(images), seed=seed, labels=labels)
 
     def _start_evaluation(self) -> None:
         sequence = np.random.SeedSequence([self.eval_seed, self.global_rank])
-        self._eval_generator = torch.Generator(self.device)
+        self._eval_generator = torch.Generator()
         self._eval_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     def _evaluate(self, batch: Any) -> None:
         if self.metrics is None:
             return
         assert self._eval_generator is not None
-        latents = draw_latents(len(batch[0]), self.latent_size, self.latent_distribution, self._eval_generator)
+        latents = draw_latents(
+            len(batch[0]), self.latent_size, self.latent_distribution, self._eval_generator, device=self.device
+        )
         self.metrics.update(batch[0], real=True)
         self.metrics.update(self._decode(latents, self._labels(batch)), real=False)
 
@@ -315,6 +353,16 @@ class SpectralGAN(MinimaxModule):
             values = self.metrics.compute()
             self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
         self.metrics.reset()
+
+
+def _at_least_one(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"Expected argument `{name}` to be at least 1 but got {value}.")
+
+
+def _are_classes(labels: Tensor, count: int, classes: int) -> bool:
+    return labels.shape == (count,) and bool(((labels >= 0) & (labels < classes)).all())
 
 
 @contextmanager

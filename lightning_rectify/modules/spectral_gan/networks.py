@@ -1,13 +1,27 @@
-"""Generators and discriminators of the paper: the CNN of SN-GAN, and residual networks, for 32 and 48 pixels."""
+"""Generators and discriminators of the paper: the CNN of SN-GAN, and residual networks, for 32 and 48 pixels.
 
+Sizes and order of layers are those of the authors' code of arXiv:1812.10912 (experiments). Nothing here controls a
+spectrum: that is done to a discriminator's layers afterwards, by ``lightning_rectify.nn.spectral``.
+
+A generator maps latents (B, L) to images (B, C, H, W) in [-1, 1], a discriminator images to scores (B,), high for
+real ones. Built with ``num_classes``, both also take labels, int64, shape (B,).
+"""
+
+import math
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-Norm = Literal["batch", "group", "none"]
+from lightning_rectify.modules.spectral_gan._blocks import (
+    ConditionalNorm,
+    DownBlock,
+    Norm,
+    UpBlock,
+    glorot,
+    start_generator,
+)
 
 
 def build_networks(
@@ -20,7 +34,7 @@ def build_networks(
     num_classes: int | None = None,
     norm: Norm = "batch",
 ) -> tuple[nn.Module, nn.Module]:
-    """A generator and its discriminator.
+    """A generator and a discriminator that fit each other.
 
     Args:
         name: "cnn" or "resnet".
@@ -34,6 +48,12 @@ def build_networks(
 
     Raises:
         ValueError: for an argument outside its range.
+
+    Example:
+        >>> generator, discriminator = build_networks("cnn", generator_width=16, discriminator_width=16)
+        >>> images = generator(torch.zeros(2, 128))
+        >>> images.shape, discriminator(images).shape
+        (torch.Size([2, 3, 32, 32]), torch.Size([2]))
     """
     if name not in ("cnn", "resnet"):
         raise ValueError(f"Expected argument `network` to be 'cnn' or 'resnet' but got {name!r}.")
@@ -42,15 +62,15 @@ def build_networks(
         if value is not None and value < 1:
             raise ValueError(f"Expected argument `{argument}` to be at least 1 but got {value}.")
     common: dict[str, Any] = {"image_size": image_size, "in_channels": in_channels, "num_classes": num_classes}
+    ours: dict[str, Any] = {"norm": norm}
+    if generator_width is not None:
+        ours["width"] = generator_width
+    if latent_size is not None:
+        ours["latent_size"] = latent_size
+    theirs = {} if discriminator_width is None else {"width": discriminator_width}
     if name == "cnn":
-        return (
-            CNNGenerator(width=generator_width or 512, latent_size=latent_size or 128, norm=norm, **common),
-            CNNDiscriminator(width=discriminator_width or 512, **common),
-        )
-    return (
-        ResNetGenerator(width=generator_width or 256, latent_size=latent_size or 256, norm=norm, **common),
-        ResNetDiscriminator(width=discriminator_width or 128, **common),
-    )
+        return CNNGenerator(**common, **ours), CNNDiscriminator(**common, **theirs)
+    return ResNetGenerator(**common, **ours), ResNetDiscriminator(**common, **theirs)
 
 
 class _Network(nn.Module):
@@ -67,72 +87,48 @@ class _Network(nn.Module):
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
         self.bottom = image_size // 8  # the side of the smallest feature map
 
-    def check_labels(self, labels: Tensor | None) -> None:
-        """Labels are wanted exactly by conditional networks.
+    def _image_shape(self) -> tuple[int, int, int]:
+        return self.in_channels, self.image_size, self.image_size
 
-        Raises:
-            ValueError: if they are missing or not wanted.
-        """
+    def _check(self, name: str, inputs: Tensor, shape: tuple[int, ...], labels: Tensor | None) -> None:
+        """Inputs of this shape, beside the batch; labels where, and only where, there are classes."""
+        if inputs.shape[1:] != shape:
+            raise ValueError(
+                f"Expected argument `{name}` to be of shape (B, {', '.join(map(str, shape))}) but got "
+                f"{tuple(inputs.shape)}."
+            )
         if (labels is None) != (self.num_classes is None):
             wanted = "None" if self.num_classes is None else f"class numbers below {self.num_classes}"
+            came = "None" if labels is None else f"a tensor of shape {tuple(labels.shape)}"
+            raise ValueError(f"Expected argument `labels` to be {wanted} but got {came}.")
+        if labels is not None and labels.shape != inputs.shape[:1]:  # a single label would silently stand for all
             raise ValueError(
-                f"Expected argument `labels` to be {wanted} but got {labels if labels is None else 'some'}."
+                f"Expected argument `labels` to be of shape ({inputs.shape[0]},) but got {tuple(labels.shape)}."
             )
 
 
-class ConditionalNorm(nn.Module):
-    """Normalisation whose scale and shift belong to the class (Dumoulin et al. 2017, arXiv:1610.07629).
-
-    Without classes it is plain BatchNorm or GroupNorm; with ``norm="none"`` only the class's scale and shift are left.
-
-    Args:
-        channels: of the features.
-        num_classes: K, or None.
-        norm: "batch", "group" (of at most 8 channels) or "none".
-
-    Raises:
-        ValueError: for another ``norm``.
-    """
-
-    def __init__(self, channels: int, num_classes: int | None, norm: Norm) -> None:
-        super().__init__()
-        plain = num_classes is None
-        if norm == "batch":
-            self.norm: nn.Module = nn.BatchNorm2d(channels, affine=plain)
-        elif norm == "group":
-            groups = next(g for g in range((channels + 7) // 8, channels + 1) if channels % g == 0)
-            self.norm = nn.GroupNorm(groups, channels, affine=plain)
-        elif norm == "none":
-            self.norm = nn.Identity()
-        else:
-            raise ValueError(f"Expected argument `norm` to be 'batch', 'group' or 'none' but got {norm!r}.")
-        self.scale = self.shift = None
-        if num_classes is not None:
-            self.scale, self.shift = nn.Embedding(num_classes, channels), nn.Embedding(num_classes, channels)
-            nn.init.ones_(self.scale.weight)
-            nn.init.zeros_(self.shift.weight)
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Features (B, C, H, W) of features and labels (B,)."""
-        x = self.norm(x)
-        if self.scale is not None and self.shift is not None:
-            return x * self.scale(labels)[:, :, None, None] + self.shift(labels)[:, :, None, None]
-        return x
-
-
 class CNNGenerator(_Network):
-    """Linear layer to a 4x4 (6x6) map, three transposed convolutions that double it, one more, and tanh.
+    """Linear layer to a 4x4 (6x6) map, three transposed convolutions that double it, one that does not, and tanh.
 
-    Weights are drawn from N(0, 0.02^2), as in the authors' code. Their first batch norm is over the flattened map's
-    features, one by one; here it is over channels, as in SN-GAN.
+    Each of the first four is followed by normalisation and ReLU. The first batch norm has statistics of its own at each
+    position of the map, as in the authors' code; so has its scale and shift without classes, one of a channel with
+    them. Weights are drawn from N(0, 0.02^2), as theirs; without normalisation, which would undo so small a scale, from
+    N(0, 2/inputs) (He et al. 2015, arXiv:1502.01852): images would all be grey. Biases are 0.
 
     Args:
         image_size: 32 or 48.
         in_channels: channels C of an image.
         width: channels of the first map; then a half, a quarter and an eighth of it, at least 1.
-        latent_size: length L of a latent vector.
-        num_classes: K for class-conditional normalisation, None for none.
-        norm: "batch", "group" or "none".
+        latent_size: length L of a latent vector; the paper's are uniform in [-1, 1].
+        num_classes: K for class-conditional normalisation (:class:`ConditionalNorm`), None for none.
+        norm: "batch", "group" or "none"; with the last two an image does not depend on its batch.
+
+    Raises:
+        ValueError: for an argument outside its range.
+
+    Example:
+        >>> CNNGenerator(width=8, num_classes=10)(torch.zeros(4, 128), torch.arange(4)).shape
+        torch.Size([4, 3, 32, 32])
     """
 
     def __init__(
@@ -148,16 +144,23 @@ class CNNGenerator(_Network):
         self.latent_size = _checked_latent(latent_size)
         widths = [max(1, width // 2**i) for i in range(4)]
         self.stem = nn.Linear(latent_size, widths[0] * self.bottom**2)
-        self.norms = nn.ModuleList(ConditionalNorm(channels, num_classes, norm) for channels in widths)
+        self.norms = nn.ModuleList(
+            ConditionalNorm(channels, num_classes, norm, positions=None if i else self.bottom**2)
+            for i, channels in enumerate(widths)
+        )
         self.ups = nn.ModuleList(
             nn.ConvTranspose2d(a, b, kernel_size=4, stride=2, padding=1) for a, b in pairwise(widths)
         )
-        self.head = nn.Conv2d(widths[-1], in_channels, kernel_size=3, padding=1)
-        self.apply(_normal_weights)
+        self.head = nn.ConvTranspose2d(widths[-1], in_channels, kernel_size=3, padding=1)
+        start_generator(self, norm)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] of latents (B, L) and, for conditional networks, labels (B,)."""
-        self.check_labels(labels)
+        """Images (B, C, H, W) in [-1, 1] of latents (B, L) and, for conditional networks, labels (B,).
+
+        Raises:
+            ValueError: for latents of another size, and for labels that are missing, not wanted or of another number.
+        """
+        self._check("latents", latents, (self.latent_size,), labels)
         x = self.stem(latents).unflatten(1, (-1, self.bottom, self.bottom))
         x = torch.relu(self.norms[0](x, labels))
         for up, norm in zip(self.ups, self.norms[1:], strict=True):
@@ -169,13 +172,19 @@ class CNNDiscriminator(_Network):
     """Seven convolutions with leaky ReLU (slope 0.2), three of them halving the image, and a linear layer.
 
     3x3 and 4x4 kernels in turn: channels width/8, width/4 twice, width/2 twice, width twice (the paper's: 64 to 512).
-    No normalisation. Weights are Xavier-uniform, biases 0.
+    No normalisation. Weights are Glorot-uniform, biases 0: at the paper's width scores are as large as from the
+    N(0, 0.02^2) of the authors' baselines, which in a network of width 16 would make scores of 1e-9.
+
+    With classes, the score gains the inner product of the linear layer's input and a vector of the class.
 
     Args:
         image_size: 32 or 48.
         in_channels: channels C of an image.
         width: channels of the last convolutions.
         num_classes: K for the projection form (Miyato and Koyama 2018, arXiv:1802.05637), None for none.
+
+    Raises:
+        ValueError: for an argument outside its range.
     """
 
     def __init__(
@@ -192,26 +201,35 @@ class CNNDiscriminator(_Network):
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(d * self.bottom**2, 1)
         self.classes = None if num_classes is None else nn.Embedding(num_classes, d * self.bottom**2)
-        self.apply(_xavier_weights)
+        self.apply(glorot)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Scores (B,) of images (B, C, H, W) and, for conditional networks, labels (B,)."""
-        self.check_labels(labels)
+        """Scores (B,) of images (B, C, H, W) and, for conditional networks, labels (B,).
+
+        Raises:
+            ValueError: for images of another size, and for labels that are missing, not wanted or of another number.
+        """
+        self._check("images", images, self._image_shape(), labels)
         return _score(self.features(images).flatten(1), self.head, self.classes, labels)
 
 
 class ResNetGenerator(_Network):
-    """Linear layer to a 4x4 (6x6) map, three residual blocks that double it, ReLU, normalisation, convolution, tanh.
+    """Linear layer to a 4x4 (6x6) map, ReLU, three residual blocks that double it, ReLU, normalisation, 3x3, tanh.
 
-    The order of the last ReLU and normalisation is the authors'.
+    The first ReLU, and the order of the last ReLU and normalisation, are of the authors' code. That last normalisation
+    is not conditional (as in arXiv:1802.05637). Weights start as in :class:`CNNGenerator` (the authors' linear layer by
+    their framework's default, its scale undone by the norms).
 
     Args:
         image_size: 32 or 48.
         in_channels: channels C of an image.
         width: channels of all maps.
-        latent_size: length L of a latent vector.
-        num_classes: K for class-conditional normalisation, None for none.
-        norm: "batch", "group" or "none".
+        latent_size: length L of a latent vector; the paper's are normal.
+        num_classes: K for class-conditional normalisation (:class:`ConditionalNorm`), None for none.
+        norm: "batch", "group" or "none"; with the last two an image does not depend on its batch.
+
+    Raises:
+        ValueError: for an argument outside its range.
     """
 
     def __init__(
@@ -226,30 +244,38 @@ class ResNetGenerator(_Network):
         super().__init__(image_size, in_channels, width, num_classes)
         self.latent_size = _checked_latent(latent_size)
         self.stem = nn.Linear(latent_size, width * self.bottom**2)
-        self.blocks = nn.ModuleList(_UpBlock(width, num_classes, norm) for _ in range(3))
-        self.norm = ConditionalNorm(width, num_classes, norm)
+        self.blocks = nn.ModuleList(UpBlock(width, num_classes, norm) for _ in range(3))
+        self.norm = ConditionalNorm(width, None, norm)
         self.head = nn.Conv2d(width, in_channels, kernel_size=3, padding=1)
-        self.apply(_normal_weights)
+        start_generator(self, norm)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] of latents (B, L) and, for conditional networks, labels (B,)."""
-        self.check_labels(labels)
-        x = self.stem(latents).unflatten(1, (-1, self.bottom, self.bottom))
+        """Images (B, C, H, W) in [-1, 1] of latents (B, L) and, for conditional networks, labels (B,).
+
+        Raises:
+            ValueError: for latents of another size, and for labels that are missing, not wanted or of another number.
+        """
+        self._check("latents", latents, (self.latent_size,), labels)
+        x = torch.relu(self.stem(latents)).unflatten(1, (-1, self.bottom, self.bottom))
         for block in self.blocks:
             x = block(x, labels)
-        return torch.tanh(self.head(self.norm(torch.relu(x), labels)))
+        return torch.tanh(self.head(self.norm(torch.relu(x))))
 
 
 class ResNetDiscriminator(_Network):
     """Five residual blocks (three halve the image), ReLU, the sum over the image and a linear layer.
 
-    That is one block more than SN-GAN's for CIFAR-10; it is what the authors ran. Weights are Xavier-uniform, biases 0.
+    That is one block more than SN-GAN's for CIFAR-10; it is what the authors ran. Weights are Glorot-uniform, by a
+    factor of sqrt(2) larger in the blocks' 3x3 convolutions, as in the authors' baselines; biases are 0.
 
     Args:
         image_size: 32 or 48.
         in_channels: channels C of an image.
         width: channels of all maps.
         num_classes: K for the projection form (arXiv:1802.05637), None for none.
+
+    Raises:
+        ValueError: for an argument outside its range.
     """
 
     def __init__(
@@ -257,57 +283,25 @@ class ResNetDiscriminator(_Network):
     ) -> None:
         super().__init__(image_size, in_channels, width, num_classes)
         self.blocks = nn.Sequential(
-            _DownBlock(in_channels, width, down=True, first=True),
-            *(_DownBlock(width, width, down=i < 2) for i in range(4)),
+            DownBlock(in_channels, width, down=True, first=True),
+            *(DownBlock(width, width, down=i < 2) for i in range(4)),
         )
         self.head = nn.Linear(width, 1)
         self.classes = None if num_classes is None else nn.Embedding(num_classes, width)
-        self.apply(_xavier_weights)
+        self.apply(glorot)
+        for layer in self.blocks.modules():
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+                nn.init.xavier_uniform_(layer.weight, math.sqrt(2.0))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Scores (B,) of images (B, C, H, W) and, for conditional networks, labels (B,)."""
-        self.check_labels(labels)
+        """Scores (B,) of images (B, C, H, W) and, for conditional networks, labels (B,).
+
+        Raises:
+            ValueError: for images of another size, and for labels that are missing, not wanted or of another number.
+        """
+        self._check("images", images, self._image_shape(), labels)
         features = torch.relu(self.blocks(images)).sum(dim=(2, 3))
         return _score(features, self.head, self.classes, labels)
-
-
-class _UpBlock(nn.Module):
-    """Norm, ReLU, doubling, convolution, norm, ReLU, convolution; beside it doubling and a convolution."""
-
-    def __init__(self, width: int, num_classes: int | None, norm: Norm) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(ConditionalNorm(width, num_classes, norm) for _ in range(2))
-        self.convs = nn.ModuleList(nn.Conv2d(width, width, kernel_size=3, padding=1) for _ in range(2))
-        self.shortcut = nn.Conv2d(width, width, kernel_size=3, padding=1)
-
-    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """Features (B, width, 2 H, 2 W) of features (B, width, H, W)."""
-        y = self.convs[0](_double(torch.relu(self.norms[0](x, labels))))
-        y = self.convs[1](torch.relu(self.norms[1](y, labels)))
-        return y + self.shortcut(_double(x))
-
-
-class _DownBlock(nn.Module):
-    """Two convolutions beside a shortcut; with ``down`` the image is halved by means at the end of both."""
-
-    def __init__(self, in_channels: int, width: int, down: bool, first: bool = False) -> None:
-        super().__init__()
-        self.down, self.first = down, first
-        self.convs = nn.Sequential(
-            nn.Conv2d(in_channels, width, kernel_size=3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, kernel_size=3, padding=1),
-        )
-        self.shortcut: nn.Module = nn.Conv2d(in_channels, width, kernel_size=1) if down else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (B, width, H or H/2, W or W/2) of features (B, in_channels, H, W)."""
-        # The first block sees images: no ReLU before its convolutions, and its shortcut works on the halved image.
-        y = self.convs(x if self.first else torch.relu(x))
-        if self.first:
-            return F.avg_pool2d(y, 2) + self.shortcut(F.avg_pool2d(x, 2))
-        y = y + self.shortcut(x)
-        return F.avg_pool2d(y, 2) if self.down else y
 
 
 def _score(features: Tensor, head: nn.Module, classes: nn.Module | None, labels: Tensor | None) -> Tensor:
@@ -315,25 +309,7 @@ def _score(features: Tensor, head: nn.Module, classes: nn.Module | None, labels:
     return score if classes is None else score + (classes(labels) * features).sum(dim=1)
 
 
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
 def _checked_latent(size: int) -> int:
     if size < 1:
         raise ValueError(f"Expected argument `latent_size` to be at least 1 but got {size}.")
     return size
-
-
-def _normal_weights(layer: nn.Module) -> None:
-    if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(layer.weight, std=0.02)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-
-
-def _xavier_weights(layer: nn.Module) -> None:
-    if isinstance(layer, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(layer.weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)

@@ -93,9 +93,8 @@ def truncated(
     if distribution == "uniform":
         return (signed * threshold).float()
     half_mass = math.erf(threshold / math.sqrt(2.0)) / 2.0  # of [0, c]
-    # Below the middle only, where Phi(-c) does not round to 1 however large c is; then mirrored.
-    tail = torch.special.ndtri(0.5 - signed.abs() * half_mass)
-    return (-tail * signed.sign()).clamp(-threshold, threshold).float()
+    # The ends, at which rounding may step over c.
+    return torch.special.ndtri(0.5 + signed * half_mass).clamp(-threshold, threshold).float()
 
 
 def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
@@ -162,7 +161,8 @@ def nearest_neighbours(queries: Tensor, reference: Tensor, k: int = 1, chunk: in
     """Find the nearest reference of each query: has the generator learned its training images by heart?
 
     Exact Euclidean distances between flattened tensors (differences are squared, not norms and inner products, whose
-    rounding hides small distances), in blocks of ``chunk`` x ``chunk``.
+    rounding hides small distances), in blocks of ``chunk`` x ``chunk``, at least in float32. References go to the
+    queries' device block by block. Which of several at the same distance is named is left open.
 
     Args:
         queries: N tensors, shape (N, ...).
@@ -185,7 +185,10 @@ def nearest_neighbours(queries: Tensor, reference: Tensor, k: int = 1, chunk: in
         raise ValueError(f"Expected argument `k` to be from 1 to {len(reference)}, the references, but got {k}.")
     if chunk < 1:
         raise ValueError(f"Expected argument `chunk` to be at least 1 but got {chunk}.")
-    found = [_nearest_of(block, reference, k, chunk) for block in _floats(queries).split(chunk)]
+    # Bytes would overflow and half precision would not resolve.
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, reference.dtype), torch.float32)
+    blocks = queries.detach().flatten(1).split(chunk)
+    found = [_nearest_of(block.to(dtype), reference.detach().flatten(1), k, chunk) for block in blocks]
     distances, indices = zip(*found, strict=True)
     return torch.cat(distances), torch.cat(indices)
 
@@ -195,7 +198,7 @@ def _nearest_of(queries: Tensor, reference: Tensor, k: int, chunk: int) -> tuple
     distances = queries.new_full((len(queries), 0), math.inf)
     indices = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(reference), chunk):
-        block = _floats(reference[start : start + chunk])
+        block = reference[start : start + chunk].to(queries)
         new = torch.cdist(queries, block, compute_mode="donot_use_mm_for_euclid_dist")
         numbers = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
         distances, indices = torch.cat([distances, new], dim=1), torch.cat([indices, numbers], dim=1)
@@ -244,12 +247,6 @@ def to_bytes(images: Tensor) -> Tensor:
         tensor([  0, 128, 255, 255], dtype=torch.uint8)
     """
     return ((images.detach().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
-
-
-def _floats(x: Tensor) -> Tensor:
-    """Flat rows; bytes, which would overflow, and half precision, which would not resolve, as float32."""
-    x = x.detach().flatten(1)
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _check_distribution(distribution: str) -> None:
