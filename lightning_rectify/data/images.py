@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from lightning_rectify._lightning import LightningDataModule
 from lightning_rectify.data.image_datasets import (
     ArrayImages,
-    Batch,
     FileImages,
     file_transforms,
     pairs,
@@ -208,7 +207,7 @@ class ImageData(LightningDataModule):
         """The test part in order."""
         return self._eval_loader("test")
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Batch:
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch; in validation and test, too, autograd takes what comes out.
 
         Lightning runs those in inference mode, and neither images nor labels made there may have a part in a backward
@@ -216,8 +215,10 @@ class ImageData(LightningDataModule):
         ``torch.inference_mode(False)`` and ``torch.enable_grad()`` around it.
         """
         with torch.inference_mode(False):
-            images, labels = super().transfer_batch_to_device(batch, device, dataloader_idx)
-            return tuple(part.clone() if part.is_inference() else part for part in (images, labels))
+            moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+            if isinstance(moved, torch.Tensor):  # the model summary's example, which is no batch
+                return moved
+            return tuple(part.clone() if part.is_inference() else part for part in moved)
 
     @torch.inference_mode(False)  # what is kept from a validation can be used in training
     def training_images(self) -> tuple[Tensor, Tensor]:
