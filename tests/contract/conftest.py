@@ -1,4 +1,4 @@
-"""Every test of this folder that takes ``row`` runs for each module; the two processes start once."""
+"""Every test of this folder that takes ``row`` runs for each module, ``yaml_row`` for those with a YAML; the two processes start once."""
 
 import pytest
 
@@ -7,8 +7,9 @@ from tests.helpers.pool import Pool
 
 
 def pytest_generate_tests(metafunc):
-    if "row" in metafunc.fixturenames:
-        metafunc.parametrize("row", ROWS, ids=[row.stem for row in ROWS], scope="session")
+    for name, rows in {"row": ROWS, "yaml_row": [row for row in ROWS if row.has_config]}.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, rows, ids=[row.stem for row in rows], scope="session")
 
 
 @pytest.fixture(scope="session")

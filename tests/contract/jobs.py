@@ -12,7 +12,7 @@ from tests.helpers.training import snapshot, trainer, weights
 
 
 class Noise(Callback):
-    """Keeps what the first training batch drew: each dropout's mask, and a draw after it."""
+    """Keeps what the first training batch drew: each dropout's mask, a game's latent noise, and a draw after it."""
 
     def __init__(self):
         self.masks, self.draw, self._handles = [], None, []
@@ -24,6 +24,11 @@ class Noise(Callback):
                 for module in pl_module.modules()
                 if isinstance(module, nn.Dropout) and module.p > 0
             ]
+            if hasattr(pl_module, "generator"):  # of a game: the latent vectors
+                keep = pl_module.generator.register_forward_pre_hook(
+                    lambda _, inputs: self.masks.append(inputs[0].detach())
+                )
+                self._handles.append(keep)
 
     def on_train_batch_end(self, *args):
         if self.draw is None:

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.functional import softplus
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rectify._lightning import LightningDataModule, LightningModule, seed_everything
 from lightning_rectify.data import ImageData
-from lightning_rectify.modules import ImageClassifier
+from lightning_rectify.modules import ImageClassifier, MinimaxModule, SpectralGAN
+from lightning_rectify.modules.spectral_gan import RandomFeatures
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -36,7 +40,10 @@ class Row:
         players_loss: the player whose loss first turns NaN with a poisoned batch.
         networks: attributes that hold networks with weights; the first one is exported.
         strategy: Lightning's name of the strategy for two processes.
-        subclass: a user's, with an extra argument ``extra``, without and with a second ``save_hyperparameters()``.
+        quiet: of a game, a subclass whose noise is a function of the batch, for runs without ``noise``.
+        learn_module_args: on top of ``module_args`` for the run that learns: what measures it.
+        has_config: whether there is a YAML.
+        subclasses: a user's, with an extra argument ``extra``, without and with a second ``save_hyperparameters()``.
         bad_arguments: wrong arguments of the constructor, with words that the message must hold.
     """
 
@@ -60,20 +67,34 @@ class Row:
     networks: Sequence[str] = ("network",)
     strategy: str = "ddp"
     batches: int = 6
+    quiet: type[LightningModule] | None = None
+    learn_module_args: Mapping[str, Any] = field(default_factory=dict)
+    has_config: bool = True
 
     @property
     def config(self) -> Path:
         return CONFIGS / f"{self.stem}.yaml"
 
     @property
-    def automatic(self) -> bool:
-        """Whether Lightning optimizes: its clipping and accumulation then apply."""
-        return len(self.players) == 1
+    def steps_a_batch(self) -> int:
+        """Optimizer steps of all players."""
+        return sum(count for _, count in self.players.values())
+
+    def accumulation(self, batches: int) -> dict[str, Any]:
+        """Options that make a step of so many batches: the Trainer's, or a game's own."""
+        if self.quiet is None:
+            return {"accumulate_grad_batches": batches}
+        return {"module_args": {"accumulate": batches}}
+
+    def clipping(self, bound: float) -> dict[str, Any]:
+        """Options that clip every gradient: the Trainer's, or a game's own."""
+        return {"gradient_clip_val": bound} if self.quiet is None else {"module_args": {"clip_norm": bound}}
 
     def make_module(self, cls: type | None = None, seed: int = 0, noise: bool = False, **overrides: Any) -> Any:
         """The module, always with the same weights for a seed; the global random state goes on from there."""
         seed_everything(seed, verbose=False)
-        return (cls or self.module)(**{**self.module_args, **(self.noise_args if noise else {}), **overrides})
+        cls = cls or (self.module if noise else self.quiet) or self.module
+        return cls(**{**self.module_args, **(self.noise_args if noise else {}), **overrides})
 
     def make_data(self, **overrides: Any) -> Any:
         return self.data(**{"batch_size": self.batch_size, **self.data_args, **overrides})
@@ -97,6 +118,109 @@ class ResavingClassifier(UserClassifier):
     def __init__(self, head: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.save_hyperparameters()
+
+
+class QuietGAN(SpectralGAN):
+    """Latent vectors are a function of the images, so that half batches see half of them."""
+
+    def latents(self, batch: Any) -> torch.Tensor:
+        images = batch[0].flatten(1)
+        return torch.tanh(images.unfold(1, 64, 64).mean(dim=2)[:, : self.latent_size])
+
+
+class UserGAN(SpectralGAN):
+    """A user's subclass with an argument of its own."""
+
+    def __init__(self, extra: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.extra = extra
+
+
+class ResavingGAN(UserGAN):
+    """One that saves hyperparameters again, with an object among its own arguments."""
+
+    def __init__(self, head: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+
+class ToyGame(MinimaxModule):
+    """README's game, with what prediction and validation need."""
+
+    players = ("critic", "generator")
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.critic, self.generator = nn.Linear(2, 1), nn.Linear(4, 2)
+        self.example_input_array = torch.zeros(3, 4)
+
+    def critic_loss(self, batch: torch.Tensor) -> torch.Tensor:
+        fake = self.generator(self.latents(batch))
+        return softplus(-self.critic(batch)).mean() + softplus(self.critic(fake)).mean()
+
+    def generator_loss(self, batch: torch.Tensor) -> torch.Tensor:
+        return softplus(-self.critic(self.generator(self.latents(batch)))).mean()
+
+    def latents(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.noise(len(batch), 4)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.generator(latents)
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self(batch.repeat(1, 2))
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        # The generator is linear: its mean is its bias.
+        self.log("val/distance", (self.generator.bias - batch.mean(dim=0)).norm(), batch_size=len(batch))
+
+
+class QuietGame(ToyGame):
+    """Noise is a function of the batch."""
+
+    def latents(self, batch: torch.Tensor) -> torch.Tensor:
+        return torch.cat([batch.sin(), batch.cos()], dim=1)
+
+
+class UserGame(ToyGame):
+    def __init__(self, extra: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.extra = extra
+
+
+class ResavingGame(UserGame):
+    def __init__(self, head: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+
+class Points(ImageData):
+    """Batches of points around (2, -1), by the loaders of ``ImageData`` (they resume in the middle of an epoch)."""
+
+    def train_dataloader(self) -> Any:
+        loader = super().train_dataloader()
+        collate = loader.collate_fn
+        loader.collate_fn = lambda batch: _points(collate(batch))
+        return loader
+
+    def val_dataloader(self) -> Any:
+        return self.predict_dataloader()
+
+    def predict_dataloader(self) -> Any:
+        return DataLoader(_Points(), batch_size=50)
+
+
+def _points(batch: Any) -> torch.Tensor:
+    images, _ = batch
+    return images.flatten(1)[:, 18:20] + torch.tensor([2.0, -1.0])
+
+
+class _Points(TensorDataset):
+    def __init__(self) -> None:
+        super().__init__(torch.tensor([2.0, -1.0]) + torch.randn(100, 2, generator=torch.Generator().manual_seed(0)))
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return super().__getitem__(index)[0]
 
 
 _SMALL = {"width": 4, "norm": "group"}
@@ -130,6 +254,97 @@ ROWS = (
             ({"network_args": {"depth": 3}}, "`network_args`.*fit network 'small_cnn'.*depth"),
             ({"network": nn.Flatten(), "network_args": {"width": 3}}, "`network_args`.*None.*got {'width': 3}"),
             ({"lr_scheduler_interval": "day"}, "`lr_scheduler_interval`.*'step' or 'epoch'.*got 'day'"),
+        ),
+    ),
+    Row(
+        stem="spectral_gan",
+        module=SpectralGAN,
+        quiet=QuietGAN,
+        module_args={
+            "in_channels": 1,
+            "generator_width": 16,
+            "discriminator_width": 16,
+            "latent_size": 16,
+            "generator_norm": "group",
+            "ema_decay": 0.9,
+        },
+        noise_args={},
+        data=ImageData,
+        data_args={
+            "image_size": 32,
+            "normalization": "symmetric",
+            "train_size": 192,
+            "val_size": 100,
+            "eval_batch_size": 100,
+        },
+        batch_size=32,
+        quick_cli=(
+            "--model.init_args.generator_width=16",
+            "--model.init_args.discriminator_width=16",
+            "--model.init_args.latent_size=16",
+            "--model.init_args.features=lightning_rectify.modules.spectral_gan.RandomFeatures",
+            "--model.init_args.features.init_args.in_channels=1",
+            "--data.init_args.train_size=192",
+            "--data.init_args.val_size=100",
+            "--data.init_args.batch_size=32",
+            "--trainer.check_val_every_n_epoch=1",
+        ),
+        metric="val/kid_random_n100",
+        higher=False,
+        margin=0.02,
+        learn_module_args={"features": RandomFeatures(in_channels=1)},
+        learn_args={"train_size": 512, "image_size": 32, "normalization": "symmetric", "val_size": 100},
+        epochs=6,
+        players={"discriminator": ("discriminator_optimizer", 1), "generator": ("generator_optimizer", 1)},
+        players_loss="discriminator",
+        networks=("generator", "discriminator"),
+        subclasses={"extra argument": UserGAN, "saves again": ResavingGAN},
+        bad_arguments=(
+            ({"network": "mlp"}, "`network`.*'cnn' or 'resnet'.*got 'mlp'"),
+            ({"image_size": 28}, "`image_size`.*32 or 48.*got 28"),
+            ({"in_channels": 0}, "`in_channels`.*at least 1.*got 0"),
+            ({"generator_width": 0}, "`generator_width`.*at least 1.*got 0"),
+            ({"discriminator_width": 0}, "`discriminator_width`.*at least 1.*got 0"),
+            ({"latent_size": 0}, "`latent_size`.*at least 1.*got 0"),
+            ({"latent_distribution": "cauchy"}, "`latent_distribution`.*'uniform'.*got 'cauchy'"),
+            ({"loss": "mse"}, "`loss`.*one of non_saturating.*got 'mse'"),
+            ({"control": "none"}, "`control`.*got 'none'"),
+            ({"spectrum_start": "zeros"}, "`start`.*'weight', 'ones' or 'spread'.*got 'zeros'"),
+            ({"orthogonality": -1.0}, "`orthogonality`.*>= 0.*got -1.0"),
+            ({"gradient_penalty": -1.0}, "`gradient_penalty`.*at least 0.*got -1.0"),
+            ({"r1": -1.0}, "`r1`.*at least 0.*got -1.0"),
+            ({"n_dis": 0}, "`n_dis`.*at least 1.*got 0"),
+            ({"ema_decay": 1.0}, r"`ema_decay`.*\[0, 1\).*got 1.0"),
+            ({"accumulate": 0}, "`accumulate`.*at least 1.*got 0"),
+            ({"clip_norm": {"critic": 1.0}}, "`clip_norm`.*discriminator, generator.*got 'critic'"),
+        ),
+    ),
+    Row(
+        stem="toy_game",
+        module=ToyGame,
+        quiet=QuietGame,
+        has_config=False,
+        module_args={"turns": {"critic": 2}, "averages": {"generator": 0.9}},
+        noise_args={},
+        data=Points,
+        data_args={"train_size": 192, "val_size": 100},
+        batch_size=32,
+        quick_cli=(),
+        metric="val/distance",
+        higher=False,
+        margin=1.0,
+        learn_args={"train_size": 512, "val_size": 100},
+        epochs=6,
+        players={"critic": ("optimizer", 2), "generator": ("optimizer", 1)},
+        players_loss="critic",
+        networks=("generator", "critic"),
+        subclasses={"extra argument": UserGame, "saves again": ResavingGame},
+        bad_arguments=(
+            ({"turns": {"critic": 0}}, "`turns` of player 'critic'.*at least 1.*got 0"),
+            ({"turns": {"driver": 1}}, "`turns`.*critic, generator.*got 'driver'"),
+            ({"clip_norm": 0.0}, "`clip_norm` of player 'critic'.*above 0.*got 0.0"),
+            ({"averages": {"generator": 1.0}}, r"`averages` of player 'generator'.*\[0, 1\).*got 1.0"),
+            ({"joint": True}, "`joint`.*False.*`maximizer`.*got True"),
         ),
     ),
 )

@@ -130,7 +130,8 @@ def cli(row, command, *arguments):
 
 
 @pytest.mark.parametrize("kind", ["itself", "extra argument", "saves again"])
-def test_command_line_resumes_and_tests_its_checkpoints(row, kind):
+def test_command_line_resumes_and_tests_its_checkpoints(yaml_row, kind):
+    row = yaml_row
     cls = row.subclasses.get(kind, row.module)
     name = [f"--model={cls.__module__}.{cls.__qualname__}"] if cls is not row.module else []
     extra = ["--model.init_args.extra=2.5"] if name else []

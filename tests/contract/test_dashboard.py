@@ -30,8 +30,8 @@ QUANTITIES = (
 )
 
 
-def run(row, steps, ckpt_path=None, **options):
-    module = row.make_module(**row.optimizers(partial(RectifiedAdam, lr=0.01)))
+def run(row, steps, ckpt_path=None, module_args=None, **options):
+    module = row.make_module(**row.optimizers(partial(RectifiedAdam, lr=0.01)), **(module_args or {}))
     loggers = [TensorBoardLogger("tensorboard", version=0, default_hp_metric=False), CSVLogger("csv", version=0)]
     length = {"max_steps": steps, "max_epochs": -1}
     fit = trainer(logger=loggers, callbacks=[AdaptiveRateMonitor()], log_every_n_steps=4, **length, **options)
@@ -63,9 +63,7 @@ def test_every_key_has_one_finite_point_a_step(row):
 
 
 def test_accumulated_batches_make_one_point(row):
-    if not row.automatic:
-        pytest.skip("the Trainer's accumulation is for one player")
-    fit = run(row, 7, accumulate_grad_batches=2)
+    fit = run(row, 7, **row.accumulation(2))
     check_points(events_of(fit)[0], expected_steps(row, 7))
 
 

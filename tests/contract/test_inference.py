@@ -10,10 +10,10 @@ def test_predict_gives_one_answer_an_example(row):
     answers = trainer().predict(module, data)
     loader = data.predict_dataloader()
     assert len(answers) == len(loader)
-    for answer, batch in zip(answers, loader, strict=True):
+    for i, (answer, batch) in enumerate(zip(answers, loader, strict=True)):
         with torch.no_grad():
-            assert torch.equal(answer, module.eval().predict_step(batch, 0))
-        assert len(answer) == len(batch[0])
+            assert torch.equal(answer, module.eval().predict_step(batch, i))
+        assert len(answer) == len(batch if isinstance(batch, torch.Tensor) else batch[0])
 
 
 def test_example_input_runs_through_forward(row):

@@ -30,8 +30,8 @@ class Steps(Callback):
         self.norm.append(nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None]).item())
 
 
-def run(row, module=None, data_args=None, **options):
-    module = module or row.make_module(**row.optimizers(partial(RectifiedAdam, lr=0.01)))
+def run(row, module=None, data_args=None, module_args=None, **options):
+    module = module or row.make_module(**row.optimizers(partial(RectifiedAdam, lr=0.01)), **(module_args or {}))
     steps = Steps()
     options = {"max_epochs": 1, "limit_val_batches": 0, **options}
     options["callbacks"] = [steps, *options.get("callbacks", [])]
@@ -44,7 +44,7 @@ def run(row, module=None, data_args=None, **options):
 
 
 def test_training_beats_the_untrained_module_by_the_rows_margin(row):
-    module = row.make_module(**row.optimizers(partial(RectifiedAdam, lr=0.02)))
+    module = row.make_module(**row.optimizers(partial(RectifiedAdam, lr=0.02)), **row.learn_module_args)
     data = row.make_data(**row.learn_args)
     fit = trainer(max_epochs=row.epochs)
     before = fit.validate(module, data, verbose=False)[0][row.metric]
@@ -73,22 +73,19 @@ def test_checkpoints_every_n_steps(row, tmp_path):
 
 
 def test_accumulation_makes_one_step_of_two_batches(row):
-    if not row.automatic:
-        pytest.skip("the Trainer's accumulation is for one player")
-    fit, steps = run(row, max_epochs=2, accumulate_grad_batches=2)
+    fit, steps = run(row, max_epochs=2, **row.accumulation(2))
     assert steps.batches == 2 * row.batches
-    assert fit.global_step == len(steps.lr) == row.batches
+    assert fit.global_step == row.batches
+    assert len(steps.lr) == row.batches * row.steps_a_batch
 
 
 # -- 6: the Trainer's options ------------------------------------------------------------------------------------------
 
 
 def test_accumulation_equals_a_bigger_batch(row):
-    if not row.automatic:
-        pytest.skip("the Trainer's accumulation is for one player")
     half = {"data_args": {"batch_size": row.batch_size // 2}}
     whole, _ = run(row, precision="64-true", max_epochs=2)
-    halves, _ = run(row, **half, precision="64-true", max_epochs=2, accumulate_grad_batches=2)
+    halves, _ = run(row, **half, precision="64-true", max_epochs=2, **row.accumulation(2))
     # 1e-9: float64 sums in another order; dividing by sqrt(v) of tiny gradients costs digits.
     assert largest_difference(weights(whole.model), weights(halves.model)) < 1e-9
     without, _ = run(row, **half, precision="64-true", max_epochs=2)
@@ -96,13 +93,11 @@ def test_accumulation_equals_a_bigger_batch(row):
 
 
 def test_clipping_bounds_the_gradient_that_the_step_sees(row):
-    if not row.automatic:
-        pytest.skip("the Trainer's clipping is for one player")
     _, free = run(row)
     bound = min(free.norm) / 2
-    _, clipped = run(row, gradient_clip_val=bound)
+    _, clipped = run(row, **row.clipping(bound))
     # 1e-4: float32 sums, and torch adds 1e-6 to the norm it divides by.
-    assert clipped.norm == pytest.approx([bound] * row.batches, rel=1e-4)
+    assert clipped.norm == pytest.approx([bound] * row.batches * row.steps_a_batch, rel=1e-4)
 
 
 @pytest.mark.parametrize(("interval", "expected"), [("step", [0.01, 0.005, 0.0025, 0.00125]), ("epoch", [0.01, 0.005])])
@@ -113,7 +108,7 @@ def test_schedule_steps_when_it_says(row, interval, expected):
         lr_scheduler_interval=interval,
     )
     _, steps = run(row, module, max_epochs=2, limit_train_batches=2)
-    used = steps.lr[:: sum(count for _, count in row.players.values())]
+    used = steps.lr[:: row.steps_a_batch]
     assert used == pytest.approx(expected if interval == "step" else [expected[0]] * 2 + [expected[1]] * 2)
 
 
