@@ -329,7 +329,7 @@ class MinimaxModule(RectifiedModule):
             averages = {}
             for player, decay in self.decays.items():
                 average = AveragedModel(getattr(self, player), multi_avg_fn=get_ema_multi_avg_fn(decay))
-                averages[player] = average.requires_grad_(False).eval()
+                averages[player] = average.requires_grad_(False)
             self.averages = nn.ModuleDict(averages)
 
     def _check_strategy(self) -> None:

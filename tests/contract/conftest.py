@@ -1,4 +1,7 @@
-"""Every test of this folder that takes ``row`` runs for each module, ``yaml_row`` for those with a YAML; the two processes start once."""
+"""Every test of this folder that takes ``row`` runs for each module, ``yaml_row`` for those that have a YAML.
+
+The two processes start once.
+"""
 
 import pytest
 

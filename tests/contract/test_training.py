@@ -118,6 +118,7 @@ def test_bf16_mixed_computes_in_bf16_and_keeps_float32_weights(row):
     layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     for layer in layers:
         layer.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+    module.configure_model()  # makes a game's averages, which are weights too
     before = weights(module)
     fit, _ = run(row, module, precision="bf16-mixed")
     assert seen == {torch.bfloat16}
