@@ -14,12 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning_rectify.modules.spectral_gan.networks import CNNDiscriminator
 from timing import Timings, environment, interleave, output_path, parser, write_result
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.nn.utils import parametrize
 
+from lightning_rectify.modules.spectral_gan.networks import CNNDiscriminator
 from lightning_rectify.nn import (
     matrix_layers,
     project,
