@@ -163,7 +163,7 @@ class RectifiedModule(LightningModule):
         if not torch.isfinite(loss.detach()).all():
             raise NonFiniteLossError(
                 f"The loss of player {player!r} is {loss.detach().float().item()} at step {self.trainer.global_step} "
-                f"(epoch {self.trainer.current_epoch}); expected a finite number. No weight was changed by this step: "
+                f"(epoch {self.trainer.current_epoch}); expected a finite number. It reached no weight: "
                 "the last checkpoint is good. Look at the batch, lower the learning rate or clip the gradient."
             )
 

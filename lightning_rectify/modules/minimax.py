@@ -20,7 +20,7 @@ from lightning_rectify._lightning import (
 )
 from lightning_rectify.modules.base import RectifiedModule
 
-_NOISE = "noise"
+_NOISE = "noise_"  # and the kind of device: no generator takes another kind's state
 
 
 class MinimaxModule(RectifiedModule):
@@ -100,11 +100,11 @@ class MinimaxModule(RectifiedModule):
                     raise ValueError(
                         f"Expected argument `{name}` to name players of {', '.join(self.players)} but got {player!r}."
                     )
-        _check_all("turns", turns, lambda value: value >= 1, "at least 1")
+        _check_all("turns", turns, lambda value: isinstance(value, int) and value >= 1, "an integer of at least 1")
         _check_all("clip_norm", clip, lambda value: value > 0, "above 0")
         _check_all("averages", averages, lambda value: 0 <= value < 1, "decays in [0, 1)")
-        if accumulate < 1:
-            raise ValueError(f"Expected argument `accumulate` to be at least 1 but got {accumulate}.")
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"Expected argument `accumulate` to be an integer of at least 1 but got {accumulate!r}.")
         if joint and self.maximizer not in self.players:
             raise ValueError(
                 f"Expected argument `joint` to be False for {type(self).__name__}, whose `maximizer` is "
@@ -119,6 +119,7 @@ class MinimaxModule(RectifiedModule):
         self._window: list[Any] = []
         self._playing = ""
         self._noise_generator: torch.Generator | None = None
+        self._noise_rank = 0  # whose stream that generator draws
 
     # -- what a subclass reads and overrides ---------------------------------------------------------------------------
 
@@ -128,14 +129,19 @@ class MinimaxModule(RectifiedModule):
 
     @property
     def noise_generator(self) -> torch.Generator:
-        """This rank's generator of latent noise; its state is saved with the checkpoint."""
-        if self._noise_generator is None or self._noise_generator.device.type != self.device.type:
-            rank = self.global_rank if self._trainer is not None else 0
+        """This rank's generator of latent noise; its state is saved with the checkpoint.
+
+        Before there is a Trainer the rank counts as 0; a rank that turns out to be another starts a stream of its own.
+        """
+        rank = self.global_rank if self._trainer is not None else self._noise_rank
+        generator = self._noise_generator
+        if generator is None or generator.device.type != self.device.type or rank != self._noise_rank:
             # Not seed + rank, which would be rank 0 of the next seed.
             sequence = np.random.SeedSequence([torch.initial_seed(), rank, 1])
-            self._noise_generator = torch.Generator(self.device)
-            self._noise_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        return self._noise_generator
+            generator = torch.Generator(self.device)
+            generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+            self._noise_generator, self._noise_rank = generator, rank
+        return generator
 
     def averaged(self, player: str) -> nn.Module:
         """The moving average of a player's network, or the network itself if none is kept."""
@@ -357,10 +363,10 @@ class MinimaxModule(RectifiedModule):
             )
 
     def _random_states(self) -> dict[str, Tensor]:
-        return {**super()._random_states(), _NOISE: self.noise_generator.get_state()}
+        return {**super()._random_states(), _NOISE + self.device.type: self.noise_generator.get_state()}
 
     def _set_random_state(self, name: str, state: Tensor) -> None:
-        if name == _NOISE:
+        if name == _NOISE + self.device.type:
             self.noise_generator.set_state(state)
         else:
             super()._set_random_state(name, state)
@@ -368,5 +374,5 @@ class MinimaxModule(RectifiedModule):
 
 def _check_all(name: str, values: Mapping[str, float] | None, good: Callable[[float], bool], expected: str) -> None:
     for player, value in (values or {}).items():
-        if not good(value):
-            raise ValueError(f"Expected argument `{name}` of player {player!r} to be {expected} but got {value}.")
+        if not isinstance(value, (int, float)) or not good(value):
+            raise ValueError(f"Expected argument `{name}` of player {player!r} to be {expected} but got {value!r}.")

@@ -6,7 +6,7 @@ The two processes start once.
 import pytest
 
 from tests.contract.rows import ROWS
-from tests.helpers.pool import Pool
+from tests.helpers.pool import POOL
 
 
 def pytest_generate_tests(metafunc):
@@ -17,6 +17,5 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def pool():
-    pool = Pool()
-    yield pool
-    pool.close()
+    yield POOL
+    POOL.close()

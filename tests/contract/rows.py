@@ -291,7 +291,7 @@ ROWS = (
         ),
         metric="val/kid_random_n100",
         higher=False,
-        margin=0.02,
+        margin=0.03,  # measured: from 0.18 to 0.10, seed 1 to 0.08
         learn_module_args={"features": RandomFeatures(in_channels=1)},
         learn_args={"train_size": 512, "image_size": 32, "normalization": "symmetric", "val_size": 100},
         epochs=6,
@@ -332,7 +332,7 @@ ROWS = (
         quick_cli=(),
         metric="val/distance",
         higher=False,
-        margin=1.0,
+        margin=1.0,  # measured: from 2.2 to 0.8, seed 1 from 2.3 to 1.0
         learn_args={"train_size": 512, "val_size": 100},
         epochs=20,
         players={"critic": ("optimizer", 2), "generator": ("optimizer", 1)},

@@ -74,6 +74,9 @@ class Pool:
             self._pipes.append(here)
 
 
+POOL = Pool()  # one for the session, whichever folders' tests ask for it; after close() a job starts it anew
+
+
 def _serve(rank, store, pipe):
     # Before Lightning is imported: it reads the rank at import.
     os.environ |= {

@@ -1,447 +1,354 @@
-"""MinimaxModule against hand-written loops, and its parts one by one; what all modules share is in tests/contract."""
+"""MinimaxModule: rounds equal a loop by hand, steps are counted once, players stay apart, the state comes back."""
 
-import copy
+from contextlib import nullcontext
 from functools import partial
-from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import softplus
-from torch.utils.data import DataLoader
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
-from lightning_rectify import _lightning
-from lightning_rectify._lightning import NAME, Callback
-from lightning_rectify.modules.base import NonFiniteLossError
-from lightning_rectify.modules.minimax import MinimaxModule
-from tests.helpers.pool import Pool
+from lightning_rectify._lightning import Callback, ModelCheckpoint, uncounted
+from lightning_rectify.modules import minimax
+from tests.helpers.games import SGD, Adam, Game, Steps, by_hand, fit, loader, make_game
 from tests.helpers.training import differences, largest_difference, snapshot, trainer, weights
 
-SGD = partial(torch.optim.SGD, lr=0.1)
+STATE = "lightning_rectify_random_state"
+CLIP = {"critic": 0.05, "generator": 0.02}
 
 
-class Game(MinimaxModule):
-    players = ("critic", "generator")
-
-    def __init__(self, hidden=8, **kwargs):
-        super().__init__(**{"optimizer": SGD, **kwargs})
-        self.critic = nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, 1))
-        self.generator = nn.Sequential(nn.Linear(2, hidden), nn.BatchNorm1d(hidden), nn.Tanh(), nn.Linear(hidden, 2))
-
-    def critic_loss(self, batch):
-        return softplus(-self.critic(batch)).mean() + softplus(self.critic(self.generator(batch.flip(1)))).mean()
-
-    def generator_loss(self, batch):
-        return softplus(-self.critic(self.generator(batch.flip(1)))).mean()
+# -- rounds ------------------------------------------------------------------------------------------------------------
 
 
-class JointGame(Game):
-    """Both learn from one loss; the generator maximises it."""
-
-    maximizer = "generator"
-
-    def joint_loss(self, batch):
-        return self.critic_loss(batch)
-
-
-def points(count=80, size=8):
-    generator = torch.Generator().manual_seed(3)
-    return DataLoader(torch.randn(count, 2, generator=generator) + 1, batch_size=size)
-
-
-def game(cls=Game, **arguments):
-    torch.manual_seed(0)
-    return cls(**arguments)
-
-
-def fit(module, loader=None, **options):
-    run = trainer(**{"max_epochs": 1, **options})
-    run.fit(module, loader or points())
-    return run
-
-
-# -- a hand-written loop -----------------------------------------------------------------------------------------------
-
-
-def by_hand(module, batches, accumulate, turns, clip):
-    """The same game in plain torch: no Lightning, no toggling."""
-    optimizers = {name: SGD(getattr(module, name).parameters()) for name in module.players}
-    rounds = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
-    for window in rounds:
-        for name in module.players:
-            for _ in range(turns.get(name, 1)):
-                parameters = list(getattr(module, name).parameters())
-                total = [torch.zeros_like(parameter) for parameter in parameters]
-                for batch in window:
-                    for one, grad in zip(
-                        total, torch.autograd.grad(getattr(module, f"{name}_loss")(batch), parameters), strict=True
-                    ):
-                        one += grad / len(window)
-                norm = torch.sqrt(sum(one.square().sum() for one in total))
-                for parameter, one in zip(parameters, total, strict=True):
-                    parameter.grad = one * min(1.0, clip[name] / norm) if name in clip else one
-                optimizers[name].step()
-    return weights(module)
+@pytest.mark.parametrize("optimizer", [SGD, Adam], ids=["SGD", "Adam"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"accumulate": 3},  # of seven batches: the last round of an epoch has one
+        {"turns": {"critic": 3}},
+        {"clip": CLIP},
+        {"accumulate": 3, "turns": {"critic": 2}, "clip": CLIP},
+        {"accumulate": 4, "turns": {"generator": 3}, "clip": {"critic": 0.05}},
+        {"joint": True},
+        {"joint": True, "accumulate": 3, "clip": CLIP},
+    ],
+    ids=lambda how: "-".join(how) or "plain",
+)
+def test_rounds_equal_a_loop_by_hand(how, optimizer):
+    arguments = {"clip_norm" if name == "clip" else name: value for name, value in how.items()}
+    game = make_game(optimizer=optimizer, **arguments)
+    expected = by_hand(game, epochs=2, optimizer=optimizer, **how)
+    before = weights(game)
+    training = fit(game, max_epochs=2)
+    # 1e-6: float32, of numbers below 3; sums in another order.
+    assert largest_difference(weights(game), expected) < 1e-6
+    assert largest_difference(weights(game), before) > 0.01
+    assert training.global_step == 2 * -(-7 // how.get("accumulate", 1))
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "turns", "clip"),
-    [
-        (1, {}, {}),
-        (3, {}, {}),
-        (3, {"critic": 2}, {"critic": 0.05}),
-        (4, {"generator": 3}, {"critic": 0.1, "generator": 0.02}),
-    ],
+    "how", [{"turns": {"critic": 3}}, {"clip": CLIP}, {"accumulate": 3}, {"joint": True}], ids="-".join
 )
-def test_accumulation_turns_and_clipping_equal_a_hand_written_loop(accumulate, turns, clip):
-    """Ten batches: with 3 and 4 the last round of the epoch has fewer."""
-    module = game(accumulate=accumulate, turns=turns, clip_norm=clip)
-    expected = by_hand(copy.deepcopy(module), list(points()), accumulate, turns, clip)
-    before = weights(module)
-    run = fit(module)
-    assert run.global_step == -(-10 // accumulate)
-    # 1e-6: float32, and torch adds 1e-6 to the norm it divides by.
-    assert largest_difference(weights(module), expected) < 1e-6
-    assert largest_difference(weights(module), before) > 1e-2
+def test_the_loop_by_hand_sees_each_option(how):
+    game = make_game()
+    assert largest_difference(by_hand(game), by_hand(game, **how)) > 1e-3
 
 
-def test_one_number_clips_every_player():
-    module, both = game(clip_norm=0.03), game(clip_norm={"critic": 0.03, "generator": 0.03})
-    fit(module), fit(both)
-    assert differences(weights(module), weights(both)) == []
+@pytest.mark.parametrize("accumulate", [1, 7])
+def test_joint_is_one_forward_pass_of_each_network_and_one_backward_pass(accumulate):
+    calls, backwards = [], []
+
+    class Look(Game):
+        def on_before_backward(self, loss):
+            backwards.append(loss.item())
+            super().on_before_backward(loss)
+
+    game = make_game(Look, joint=True, accumulate=accumulate)
+    game.generator.register_forward_hook(lambda *_: calls.append(1))
+    training = fit(game)
+    assert len(calls) == len(backwards) == training.global_step * accumulate == 7
+    # 1e-5: float32 sums. A batch's share of the mean is what goes backward.
+    mean = sum(backwards[-accumulate:])
+    assert training.callback_metrics["train/loss"].item() == pytest.approx(mean, rel=1e-5)
 
 
-# -- joint -------------------------------------------------------------------------------------------------------------
+def test_a_batch_left_over_from_an_interrupted_run_is_forgotten():
+    class Stop(Callback):
+        def on_train_batch_end(self, *args):
+            raise KeyError("between the batches of a round")
+
+    game = make_game(accumulate=3)
+    with pytest.raises(KeyError, match="between"):
+        fit(game, callbacks=[Stop()])
+    expected = by_hand(game, accumulate=3)
+    fit(game)
+    assert largest_difference(weights(game), expected) < 1e-6  # as above
 
 
-def test_joint_game_is_one_backward_with_one_gradient_reversed():
-    module = game(JointGame, joint=True)
-    plain = copy.deepcopy(module)
-    ups, downs = (SGD(net.parameters()) for net in (plain.generator, plain.critic))
-    for batch in points():
-        loss = plain.joint_loss(batch)
-        parameters = [*plain.critic.parameters(), *plain.generator.parameters()]
-        grads = torch.autograd.grad(loss, parameters)
-        for i, (parameter, grad) in enumerate(zip(parameters, grads, strict=True)):
-            parameter.grad = grad if i < 4 else -grad
-        ups.step(), downs.step()
-    calls = []
-    module.critic.register_forward_hook(lambda *_: calls.append(1))
-    run = fit(module)
-    assert run.global_step == 10
-    assert len(calls) == 2 * 10  # real and fake, once a batch
-    assert "train/loss" in run.callback_metrics
-    # The same operations in the same order, but for -grad: nothing to round.
-    assert largest_difference(weights(module), weights(plain)) < 1e-7
+def test_clip_norm_of_one_number_is_for_every_player():
+    steps = Steps()
+    fit(make_game(clip_norm=0.01), callbacks=[steps])
+    # 1e-3: torch clips by bound / (norm + 1e-6).
+    assert steps.norm == pytest.approx([0.01] * 14, rel=1e-3)
+    assert steps.players == ["critic", "generator"] * 7
+    some = Steps()
+    fit(make_game(clip_norm={"generator": 0.01}), callbacks=[some])
+    norms = {
+        player: [n for p, n in zip(some.players, some.norm, strict=True) if p == player] for player in Game.players
+    }
+    assert norms["generator"] == pytest.approx([0.01] * 7, rel=1e-3)
+    assert min(norms["critic"]) > 0.011
 
 
-@pytest.mark.parametrize(
-    ("cls", "arguments", "words"),
-    [
-        (Game, {"joint": True}, "`joint`.*False.*`maximizer` is None"),
-        (JointGame, {"joint": True, "turns": {"critic": 2}}, "`turns`.*None with `joint`.*'critic': 2"),
-    ],
-)
-def test_games_that_cannot_be_joint(cls, arguments, words):
-    with pytest.raises(ValueError, match=words):
-        cls(**arguments)
-
-
-def test_joint_loss_is_asked_for_by_name():
-    with pytest.raises(NotImplementedError, match=r"Game plays in turns.*joint_loss"):
-        game().joint_loss(None)
-
-
-# -- turns -------------------------------------------------------------------------------------------------------------
-
-
-class Watched(Game):
-    """Keeps who needed a gradient in whose turn."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.seen = []
-
-    def _look(self, player):
-        needs = {name: next(getattr(self, name).parameters()).requires_grad for name in self.players}
-        self.seen.append((player, needs))
-
-    def critic_loss(self, batch):
-        self._look("critic")
-        return super().critic_loss(batch)
-
-    def generator_loss(self, batch):
-        self._look("generator")
-        return super().generator_loss(batch)
-
-
-def test_the_others_need_no_gradient_and_get_none():
-    module = game(Watched, turns={"critic": 2})
-    grads = []
-
-    class Look(Callback):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            grads.append(
-                {name: [p.grad is not None for p in getattr(pl_module, name).parameters()] for name in ("critic",)}
-            )
-
-    fit(module, callbacks=[Look()], limit_train_batches=1)
-    critic, generator = {"critic": True, "generator": False}, {"critic": False, "generator": True}
-    assert module.seen == [("critic", critic), ("critic", critic), ("generator", generator)]
-    assert all(parameter.requires_grad for parameter in module.parameters())
-
-
-def test_requires_grad_is_restored_after_an_exception():
-    class Broken(Game):
-        def critic_loss(self, batch):
-            raise RuntimeError("here")
-
-    module = game(Broken)
-    with pytest.raises(RuntimeError, match="here"):
-        fit(module)
-    assert all(parameter.requires_grad for parameter in module.parameters())
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_loss_that_is_not_finite_names_the_player_and_the_step(accumulate):
-    class Diverging(Game):
-        def generator_loss(self, batch):
-            loss = super().generator_loss(batch)
-            return loss * float("nan") if self.trainer.global_step == 3 else loss
-
-    module = game(Diverging, accumulate=accumulate)
-    with pytest.raises(NonFiniteLossError, match=r"player 'generator' is nan at step 3"):
-        fit(module)
-
-
-def test_each_turn_sees_its_part_of_the_batch():
+def test_each_turn_sees_its_part_of_the_batch_within_its_context():
     seen = []
 
     class Parts(Game):
         def turn_batch(self, batch, player, turn):
-            return batch[turn::2] if player == "critic" else batch
+            return [part[4 * turn : 4 * turn + 4] for part in batch]
+
+        def turn_context(self, player):
+            seen.append(player)
+            return nullcontext()
 
         def critic_loss(self, batch):
-            seen.append(batch)
+            seen.append(batch[0])
             return super().critic_loss(batch)
 
-    fit(game(Parts, turns={"critic": 2}), limit_train_batches=1)
-    whole = next(iter(points()))
-    assert torch.equal(seen[0], whole[0::2])
-    assert torch.equal(seen[1], whole[1::2])
+    fit(make_game(Parts, turns={"critic": 2}), batches=1)
+    ((x, _),) = loader(1)
+    assert [part for part in seen if isinstance(part, str)] == ["critic", "critic", "generator"]
+    assert torch.equal(torch.cat([part for part in seen if not isinstance(part, str)]), x)
 
 
-# -- the count ---------------------------------------------------------------------------------------------------------
+def test_losses_logged_are_means_over_turns_and_batches_of_the_round():
+    values = {"critic": [], "generator": []}
+
+    class Look(Game):
+        def critic_loss(self, batch):
+            values["critic"].append(super().critic_loss(batch))
+            return values["critic"][-1]
+
+        def generator_loss(self, batch):
+            values["generator"].append(super().generator_loss(batch))
+            return values["generator"][-1]
+
+    training = fit(make_game(Look, turns={"critic": 2}, accumulate=3), batches=3)
+    for player, count in (("critic", 6), ("generator", 3)):
+        assert len(values[player]) == count
+        mean = float(np.mean([value.item() for value in values[player]]))
+        assert training.callback_metrics[f"train/loss_{player}"].item() == pytest.approx(mean, rel=1e-6)
 
 
-def test_the_private_callbacks_of_lightnings_optimizer_are_what_the_door_thinks(monkeypatch):
-    """Fails when Lightning renames them: then `uncounted` would count every player."""
-    module, found = game(), []
-
-    class Look(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            for optimizer in pl_module.optimizers():
-                found.extend([optimizer._on_before_step, optimizer._on_after_step])
-
-    assert fit(module, callbacks=[Look()]).global_step == 10
-    assert all(callable(each) for each in found)
-
-    @_lightning.contextmanager
-    def counting(optimizer):
-        yield
-
-    monkeypatch.setattr("lightning_rectify.modules.minimax.uncounted", counting)
-    assert fit(game()).global_step == 20  # Lightning's own count, which the door puts right
+# -- counts ------------------------------------------------------------------------------------------------------------
 
 
-# -- averages ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", [{"turns": {"critic": 3}}, {"joint": True}], ids="-".join)
+def test_max_steps_and_checkpoints_count_batches(how, tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    steps = Steps()
+    training = fit(make_game(**how), max_steps=10, max_epochs=-1, callbacks=[keep, steps], enable_checkpointing=True)
+    assert training.global_step == training.fit_loop.epoch_loop.total_batch_idx + 1 == 10
+    assert steps.players == ([*["critic"] * 3, "generator"] if "turns" in how else ["critic", "generator"]) * 10
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=3.ckpt", "step=6.ckpt", "step=9.ckpt"]
 
 
-def test_average_is_the_formula_with_the_players_buffers():
-    module, followed = game(averages={"generator": 0.8}), []
+def test_what_lightning_counts_is_what_uncounted_takes_away(monkeypatch):
+    """The two callbacks are Lightning's private ones: this fails when it renames them or counts elsewhere."""
+    found = []
 
-    class Follow(Callback):
-        def on_train_batch_end(self, trainer, pl_module, *args):
-            followed.append({name: p.detach().clone() for name, p in pl_module.generator.named_parameters()})
+    class Look(Game):
+        def on_train_batch_end(self, *args):
+            optimizer = self.optimizers()[0]
+            before = optimizer._on_before_step, optimizer._on_after_step
+            with uncounted(optimizer):
+                found.append((optimizer._on_before_step, optimizer._on_after_step) != before)
+            assert (optimizer._on_before_step, optimizer._on_after_step) == before
+            with pytest.raises(KeyError), uncounted(optimizer):
+                raise KeyError
+            assert (optimizer._on_before_step, optimizer._on_after_step) == before
 
-    fit(module, callbacks=[Follow()])
-    expected = followed[0]
-    for step in followed[1:]:
-        expected = {name: 0.8 * value + 0.2 * step[name] for name, value in expected.items()}
-    average = module.averaged("generator")
-    # 1e-6: float32, torch interpolates in another form.
-    assert all(torch.allclose(p, expected[name], atol=1e-6) for name, p in average.named_parameters())
-    buffers = dict(module.generator.named_buffers())
-    assert buffers
-    assert all(torch.equal(value, buffers[name]) for name, value in average.named_buffers())
-    assert module.averaged("critic") is module.critic
-    assert not any(parameter.requires_grad for parameter in average.parameters())
-
-
-def test_average_resumes_bit_for_bit(tmp_path):
-    whole = snapshot(fit(game(averages={"generator": 0.8}), max_epochs=2))
-    fit(game(averages={"generator": 0.8})).save_checkpoint(tmp_path / "one.ckpt")
-    run = trainer(max_epochs=2)
-    run.fit(game(averages={"generator": 0.8}), points(), ckpt_path=tmp_path / "one.ckpt")
-    assert any(key.startswith("averages.generator") for key in whole["state_dict"])
-    # A plain DataLoader draws from the global generator each time it starts, and it started once more.
-    assert differences(whole, snapshot(run)) == ["/lightning_rectify_random_state/cpu"]
+    assert fit(make_game(Look, turns={"critic": 3})).global_step == 7
+    assert found == [True] * 7
+    monkeypatch.setattr(minimax, "uncounted", lambda optimizer: nullcontext())
+    assert fit(make_game(turns={"critic": 3})).global_step == 7 * 4
 
 
-# -- noise -------------------------------------------------------------------------------------------------------------
+# -- players stay apart ------------------------------------------------------------------------------------------------
 
 
-def test_noise_is_a_stream_of_its_own():
-    torch.manual_seed(5)
-    first = game()
-    state = torch.get_rng_state()
-    drawn = first.noise(3, 2)
-    assert torch.equal(state, torch.get_rng_state())
-    assert drawn.shape == (3, 2)
-    assert not torch.equal(drawn, first.noise(3, 2))
-    second = game()
-    assert torch.equal(drawn, second.noise(3, 2))  # of the seed
+def test_the_other_player_needs_no_gradient_and_gets_none():
+    class Apart(Game):
+        def check(self, mine, other):
+            assert all(parameter.requires_grad for parameter in mine.parameters())
+            assert not any(parameter.requires_grad for parameter in other.parameters())
+
+        def critic_loss(self, batch):
+            self.check(self.critic, self.generator)
+            return super().critic_loss(batch)
+
+        def generator_loss(self, batch):
+            self.check(self.generator, self.critic)
+            self.of_the_critic = [parameter.grad.clone() for parameter in self.critic.parameters()]
+            return super().generator_loss(batch)
+
+        def on_player_step(self, player):
+            super().on_player_step(player)
+            assert not torch.is_grad_enabled()  # what it does to weights is no part of a graph
+            if player == "critic" and self.trainer.global_step == 0:
+                assert all(parameter.grad is None for parameter in self.generator.parameters())
+            if player == "generator":
+                now = [parameter.grad for parameter in self.critic.parameters()]
+                assert all(map(torch.equal, now, self.of_the_critic))
+
+    game = make_game(Apart, turns={"critic": 2})
+    assert fit(game).global_step == 7
+    assert all(parameter.requires_grad for parameter in game.parameters())
+
+
+@pytest.mark.parametrize("where", ["critic", "generator"])
+def test_requires_grad_comes_back_after_an_exception_and_frozen_stays_frozen(where):
+    def fail(batch):
+        raise KeyError("in the middle")
+
+    game = make_game()
+    game.critic[0].bias.requires_grad_(False)
+    setattr(game, f"{where}_loss", fail)
+    before = [parameter.requires_grad for parameter in game.parameters()]
+    assert before.count(False) == 1
+    with pytest.raises(KeyError, match="in the middle"):
+        fit(game)
+    assert [parameter.requires_grad for parameter in game.parameters()] == before
 
 
 # -- optimizers and schedules ------------------------------------------------------------------------------------------
 
 
-def test_a_player_has_the_optimizer_and_the_schedule_of_its_name():
-    class Own(Game):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.critic_optimizer = partial(torch.optim.Adam, lr=0.5)
-            self.critic_lr_scheduler = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+class Own(Game):
+    """Players with optimizers and schedules of their own; what is None is the shared one."""
 
-    run = fit(game(Own, lr_scheduler_interval="step"), limit_train_batches=3)
-    critic, generator = run.optimizers
-    assert isinstance(critic, torch.optim.Adam)
-    assert isinstance(generator, torch.optim.SGD)
-    assert critic.param_groups[0]["lr"] == pytest.approx(0.5 / 8, rel=1e-12)
-    assert generator.param_groups[0]["lr"] == 0.1
-    assert [group["name"] for optimizer in run.optimizers for group in optimizer.param_groups] == [
-        "critic",
-        "generator",
-    ]
+    def __init__(self, critic_optimizer=None, generator_lr_scheduler=None, **kwargs):
+        super().__init__(**kwargs)
+        self.critic_optimizer, self.generator_lr_scheduler = critic_optimizer, generator_lr_scheduler
 
 
-def test_plateau_says_which_metric_it_misses():
-    plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0)
-    with pytest.raises(ValueError, match=r"metric 'val/loss' of ReduceLROnPlateau.*train/loss_critic"):
-        fit(game(lr_scheduler=plateau))
+HALVE = partial(StepLR, step_size=1, gamma=0.5)
 
 
-# -- precision ---------------------------------------------------------------------------------------------------------
+def test_a_players_attribute_comes_before_the_shared_optimizer():
+    game = make_game(Own, critic_optimizer=partial(torch.optim.AdamW, lr=0.3), optimizer=partial(SGD, lr=0.2))
+    optimizers, schedulers = game.configure_optimizers()
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW, torch.optim.SGD]
+    assert [optimizer.param_groups[0]["name"] for optimizer in optimizers] == ["critic", "generator"]
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [0.3, 0.2]
+    for optimizer, network in zip(optimizers, (game.critic, game.generator), strict=True):
+        assert {*map(id, optimizer.param_groups[0]["params"])} == {*map(id, network.parameters())}
+    assert schedulers == []
+    assert "critic_optimizer" not in game.hparams
 
 
-def test_gradient_scaling_skips_what_overflows_and_clips_what_is_unscaled():
-    """A real scaler on the CPU, whose first scale overflows."""
-    plugin = import_module(f"{NAME}.plugins").MixedPrecision
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
-    norms, taken = [], []
-
-    class Look(Callback):
-        def on_train_start(self, trainer, pl_module):
-            for optimizer in trainer.optimizers:
-                optimizer.register_step_post_hook(self.keep)
-
-        def keep(self, optimizer, *args):
-            taken.append(optimizer)
-            norms.append(nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]]))
-
-    module = game(clip_norm=0.05)
-    before = weights(module)
-    run = trainer(max_epochs=4, callbacks=[Look()], plugins=[plugin("16-mixed", "cpu", scaler=scaler)])
-    run.fit(module, points())
-    assert run.global_step == 40
-    assert 0 < len(taken) < 80  # some were skipped
-    assert scaler.get_scale() < 2.0**24
-    assert all(torch.isfinite(value).all() for value in weights(module).values())
-    assert max(norms) <= 0.05 * (1 + 1e-3)  # 1e-3: gradients in half precision
-    assert largest_difference(before, weights(module)) > 1e-3
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_schedules_of_one_player_and_of_all(interval, accumulate):
+    options = {"lr_scheduler_interval": interval, "accumulate": accumulate}
+    rounds = 4 // accumulate
+    shape = [2.0**-i for i in range(2 * rounds)] if interval == "step" else [1.0] * rounds + [0.5] * rounds
+    expected = [0.1 * factor for factor in shape]
+    for own, critic in ((True, [0.1] * 2 * rounds), (False, expected)):
+        steps = Steps()
+        game = make_game(Own, **{"generator_lr_scheduler" if own else "lr_scheduler": HALVE}, **options)
+        fit(game, batches=4, max_epochs=2, callbacks=[steps])
+        assert steps.rates("generator") == pytest.approx(expected)
+        assert steps.rates("critic") == pytest.approx(critic)
 
 
-# -- what setup refuses ------------------------------------------------------------------------------------------------
+def test_a_player_can_have_another_schedule_than_the_shared_one():
+    steps = Steps()
+    shared = partial(LambdaLR, lr_lambda=lambda step: 1.0 + step)
+    game = make_game(Own, generator_lr_scheduler=HALVE, lr_scheduler=shared, lr_scheduler_interval="step")
+    fit(game, batches=3, callbacks=[steps])
+    assert steps.rates("critic") == pytest.approx([0.1, 0.2, 0.3])
+    assert steps.rates("generator") == pytest.approx([0.1, 0.05, 0.025])
 
 
-class NoNetwork(MinimaxModule):
-    players = ("critic",)
-
-    def critic_loss(self, batch):
-        return batch.sum()
+class Validated(Game):
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", torch.tensor(1.0), batch_size=1)
 
 
-class NoLoss(MinimaxModule):
-    players = ("critic",)
-
-    def __init__(self):
-        super().__init__()
-        self.critic = nn.Linear(2, 1)
-
-
-class NoPlayers(MinimaxModule):
-    pass
+def test_plateau_reads_its_metric():
+    game = make_game(Validated, lr_scheduler=partial(ReduceLROnPlateau, patience=0, factor=0.5))
+    training = trainer(max_epochs=3)
+    training.fit(game, loader(2), loader(1))
+    # The metric stands still: halved after each epoch but the first.
+    assert [o.param_groups[0]["lr"] for o in training.optimizers] == pytest.approx([0.1 / 4] * 2)
 
 
-@pytest.mark.parametrize(
-    ("cls", "words"),
-    [
-        (NoNetwork, "attribute `critic` of NoNetwork.*torch.nn.Module.*got None"),
-        (NoLoss, r"method `critic_loss\(batch\)`.*found none"),
-        (NoPlayers, "NoPlayers.players.*name the players"),
-    ],
-)
-def test_setup_says_what_a_game_lacks(cls, words):
-    with pytest.raises(ValueError, match=words):
-        fit(cls())
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_plateau_without_its_metric_says_which_one_and_what_there_is(interval):
+    game = make_game(lr_scheduler=ReduceLROnPlateau, lr_scheduler_interval=interval)
+    with pytest.raises(ValueError, match=r"metric 'val/loss' of ReduceLROnPlateau .* got only train/loss_critic"):
+        fit(game)
 
 
-def test_strategies_that_shard_are_refused_by_name():
-    strategies = import_module(f"{NAME}.strategies")
-    module = game()
-    run = trainer(strategy=strategies.ModelParallelStrategy(), devices=2)
-    module.trainer = run
-    with pytest.raises(ValueError, match=r"`strategy` for Game.*'auto' or 'ddp'.*got ModelParallelStrategy"):
-        module.setup("fit")
+# -- averages ----------------------------------------------------------------------------------------------------------
 
 
-def test_static_graph_is_refused():
-    run = trainer(strategy=import_module(f"{NAME}.strategies").DDPStrategy(static_graph=True), devices=2)
-    module = game()
-    module.trainer = run
-    with pytest.raises(ValueError, match=r"without static_graph.*got DDPStrategy"):
-        module.setup("fit")
+class Normed(Game):
+    """With batch norm, so that there are buffers."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.generator.insert(1, nn.BatchNorm1d(8))
+        self.history = []
+
+    def on_player_step(self, player):
+        super().on_player_step(player)
+        if player == "generator":
+            self.history.append({name: p.detach().clone() for name, p in self.generator.named_parameters()})
 
 
-# -- two processes -----------------------------------------------------------------------------------------------------
+def test_averages_equal_the_formula_and_have_the_networks_buffers():
+    game = make_game(Normed, averages={"generator": 0.7}, turns={"generator": 2})
+    fit(game)
+    assert len(game.history) == 14
+    expected = {name: value.double().numpy() for name, value in game.history[0].items()}  # the first step is copied
+    for parameters in game.history[1:]:
+        expected = {name: 0.7 * expected[name] + 0.3 * parameters[name].double().numpy() for name in expected}
+    average = game.averaged("generator")
+    for name, parameter in average.named_parameters():
+        # 1e-6: float32 against float64, of numbers below 2.
+        np.testing.assert_allclose(parameter.numpy(), expected[name], atol=1e-6)
+        assert not parameter.requires_grad
+    assert differences(dict(average.named_buffers()), dict(game.generator.named_buffers())) == []
+    assert not torch.equal(game.generator[1].running_mean, torch.zeros(8))
+    assert game.averaged("critic") is game.critic
+    assert average is not game.generator
 
 
-def play(kind, ranks=2):
-    """What each rank does: half of each batch, or all of it alone."""
-    cls, arguments = {
-        "turns": (Game, {"turns": {"critic": 3}, "accumulate": 2}),
-        "joint": (JointGame, {"joint": True}),
-    }[kind]
-    module = game(cls, clip_norm=0.1, **arguments)
-    module.generator[1] = nn.Identity()  # batch norm would see half of a batch
-    whole = list(points())
-    rank = torch.distributed.get_rank() if ranks > 1 else 0
-    batches = [batch[rank::ranks] for batch in whole]
-    run = trainer(devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_epochs=1, use_distributed_sampler=False)
-    run.fit(module, DataLoader(batches, batch_size=None))
-    return {"weights": weights(module), "steps": run.global_step}
+def test_resume_is_bit_equal_with_averages_schedules_and_noise(tmp_path):
+    class Noisy(Normed):
+        def critic_loss(self, batch):
+            return super().critic_loss((batch[0], batch[1] + self.noise(*batch[1].shape)))
 
+    def play(seed, **options):
+        game = make_game(
+            Noisy, seed, optimizer=Adam, averages={"generator": 0.7, "critic": 0.5}, turns={"critic": 2},
+            lr_scheduler=HALVE, accumulate=3, clip_norm=0.5,
+        )  # fmt: skip
+        return fit(game, **options)
 
-@pytest.mark.ddp
-@pytest.mark.parametrize("kind", ["turns", "joint"])
-def test_plain_ddp_plays(kind):
-    pool = Pool()
-    try:
-        ranks = pool.run("tests.modules.test_minimax.play", kind=kind)
-    finally:
-        pool.close()
-    alone = play(kind, ranks=1)
-    assert ranks[0]["steps"] == ranks[1]["steps"] == alone["steps"] == (5 if kind == "turns" else 10)
-    assert differences(ranks[0]["weights"], ranks[1]["weights"]) == []
-    # 1e-6: means of halves in float32.
-    assert largest_difference(ranks[0]["weights"], alone["weights"]) < 1e-6
+    whole = snapshot(play(0, max_epochs=3))
+    play(0, max_epochs=1).save_checkpoint(tmp_path / "1.ckpt")
+    resumed = snapshot(play(7, max_epochs=3, ckpt_path=tmp_path / "1.ckpt"))
+    assert whole["global_step"] == 9
+    for run in (whole, resumed):
+        del run[STATE]["cpu"]  # a plain DataLoader draws from it before training starts; the game does not
+    assert differences(whole, resumed) == []
+    assert whole["state_dict"]["averages.generator.n_averaged"] == 9
+    assert any(name.startswith("averages.generator") and "running_mean" in name for name in whole["state_dict"])
+    loaded = Noisy.load_from_checkpoint(tmp_path / "1.ckpt")
+    saved = torch.load(tmp_path / "1.ckpt", weights_only=True)["state_dict"]
+    assert differences(weights(loaded), saved) == []
