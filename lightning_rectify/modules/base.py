@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,10 @@ class RectifiedModule(LightningModule):
 
     Saved hyperparameters hold plain values only (numbers, strings, None, and lists and dicts of them): optimizers,
     schedulers, networks and other objects are left out, also when a subclass calls ``save_hyperparameters()`` itself
-    (which it need not do: its arguments are collected without it), and so are arguments that a subclass fixes for its
-    parent. Checkpoints therefore load with ``weights_only=True``, Lightning's default.
+    (which it need not do: its arguments are collected without it). Checkpoints therefore load with
+    ``weights_only=True``, Lightning's default. Nor do they hold what a subclass gives its parent, as in
+    ``super().__init__(network="resnet20", **kwargs)``, or leaves at the parent's default: they are what the class
+    itself was given, so that ``type(module)(**module.hparams)`` makes an equal one.
 
     A checkpoint also holds each rank's random state (dropout draws from it), so that a resumed run goes on bit for bit.
 
@@ -174,7 +176,7 @@ class RectifiedModule(LightningModule):
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
-        """Lightning's ``save_hyperparameters`` without arguments that are not plain, or that a subclass fixes.
+        """Lightning's ``save_hyperparameters`` without arguments that are not plain, or not the class's own.
 
         Args:
             *args: names of the arguments to save; all of them if empty.
@@ -186,48 +188,28 @@ class RectifiedModule(LightningModule):
             current = inspect.currentframe()
             frame = current.f_back if current is not None else None
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
-        ignored |= _arguments_to_leave_out(self, frame)
+        chain = _constructor_arguments(self, frame)
+        ignored |= {name for values in chain for name, value in values.items() if not _is_plain(value)}
+        if chain:
+            ignored |= {name for values in chain for name in values} - chain[-1].keys()
         if args and not (kept := [name for name in args if not (isinstance(name, str) and name in ignored)]):
             return
         super().save_hyperparameters(*(kept if args else ()), ignore=sorted(ignored), frame=frame, logger=logger)
 
 
-def _arguments_to_leave_out(module: LightningModule, frame: FrameType | None) -> set[str]:
-    """Names of constructor arguments, over the whole chain of ``__init__`` calls, that must not be saved.
-
-    Those whose values are not plain; and those that a subclass fixes for its parent, as in
-    ``super().__init__(network="resnet20", **kwargs)``: given back to the subclass on load, they would come twice.
-    """
-    objects: set[str] = set()
-    fixed: set[str] = set()
-    inner: set[str] = set()  # what the parent's constructor got and would not have had by default
+def _constructor_arguments(module: LightningModule, frame: FrameType | None) -> list[dict[str, Any]]:
+    """Arguments by name of each ``__init__`` in the chain of calls, from ``frame`` outwards to the class's own."""
+    chain = []
     while frame is not None and frame.f_code.co_name == "__init__" and frame.f_locals.get("self") is module:
         code = frame.f_code
-        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        values = {name: frame.f_locals.get(name) for name in arguments if name != "self"}
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        values = {name: frame.f_locals.get(name) for name in names if name != "self"}
         if code.co_flags & inspect.CO_VARKEYWORDS:
             rest = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
             values.update(frame.f_locals.get(code.co_varnames[rest], {}))
-        objects |= {name for name, value in values.items() if not _is_plain(value)}
-        fixed = (fixed | inner) - values.keys()
-        defaults = _defaults(type(module), code)
-        inner = {
-            name
-            for name, value in values.items()
-            if name not in objects and (name not in defaults or value != defaults[name])
-        }
+        chain.append(values)
         frame = frame.f_back
-    return objects | fixed
-
-
-def _defaults(cls: type, code: CodeType) -> dict[str, Any]:
-    """Default values of the ``__init__``, in the class or a parent, whose code this is."""
-    for parent in cls.__mro__:
-        init = parent.__dict__.get("__init__")
-        if callable(init) and getattr(init, "__code__", None) is code:
-            parameters = inspect.signature(init).parameters.values()
-            return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    return {}
+    return chain
 
 
 def _is_plain(value: Any) -> bool:

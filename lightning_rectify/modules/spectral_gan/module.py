@@ -106,7 +106,6 @@ class SpectralGAN(MinimaxModule):
             raise ValueError(f"Expected argument `n_dis` to be at least 1 but got {n_dis}.")
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"Expected argument `ema_decay` to be in [0, 1) or None but got {ema_decay}.")
-        _drop_fixed(kwargs)
         super().__init__(
             turns={"discriminator": n_dis},
             averages=None if ema_decay is None else {"generator": ema_decay},
@@ -347,19 +346,6 @@ class SpectralGAN(MinimaxModule):
             values = self.metrics.compute()
             self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
         self.metrics.reset()
-
-
-def _drop_fixed(kwargs: dict[str, Any]) -> None:
-    """Leave out of the arguments for MinimaxModule those that SpectralGAN gives itself.
-
-    Checkpoints hold its defaults, False and None, where ours are the same; anything else is a mistake. Not in the
-    constructor itself, where jsonargparse would read them as arguments of ours.
-    """
-    for name in ("turns", "averages", "joint"):
-        if value := kwargs.pop(name, None):
-            raise ValueError(
-                f"Expected argument `{name}` to be left out, as `n_dis` and `ema_decay` say it, but got {value!r}."
-            )
 
 
 def _at_least_one(**numbers: int) -> None:

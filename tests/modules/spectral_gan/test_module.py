@@ -552,8 +552,6 @@ def test_data_that_do_not_fit_are_named(options, its, said, stage):
         ({"ema_decay": 1.0}, r"`ema_decay` to be in \[0, 1\) or None but got 1.0"),
         ({"gradient_penalty": -1.0}, "`gradient_penalty` to be at least 0 but got -1.0"),
         ({"r1": -1.0}, "`r1` to be at least 0 but got -1.0"),
-        ({"turns": {"generator": 2}}, "`turns` to be left out"),
-        ({"joint": True}, "`joint` to be left out"),
         ({"eval_seed": -1}, "`eval_seed` to be at least 0 but got -1"),
         ({"latent_distribution": "cauchy"}, "`latent_distribution` .* but got 'cauchy'"),
         ({"loss": "hing"}, "`loss` .* but got 'hing'"),
