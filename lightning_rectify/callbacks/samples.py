@@ -10,7 +10,8 @@ from torchvision.utils import make_grid, save_image
 
 from lightning_rectify._lightning import BasePredictionWriter, Callback, LightningModule, Trainer
 from lightning_rectify.callbacks._logs import is_dry, run_folder, writers
-from lightning_rectify.callbacks._modes import evaluating, refuse_sharded
+from lightning_rectify.callbacks._sharded import refuse_sharded
+from lightning_rectify.nn.modes import evaluating
 
 
 class Sampler(Protocol):

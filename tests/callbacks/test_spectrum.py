@@ -471,7 +471,7 @@ def shard(stop):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from lightning_rectify.callbacks._modes import refuse_sharded
+    from lightning_rectify.callbacks._sharded import refuse_sharded
 
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     refuse_sharded(net, "SpectrumMonitor")  # whole: nothing happens

@@ -6,7 +6,7 @@ import torch
 
 from lightning_rectify._lightning import Callback, LightningModule, Trainer, rank_zero_info
 from lightning_rectify.callbacks._logs import add_layout, is_dry, require_logger, run_folder, writers
-from lightning_rectify.callbacks._modes import refuse_sharded
+from lightning_rectify.callbacks._sharded import refuse_sharded
 from lightning_rectify.callbacks.spectrum.dashboard import PREFIX, Records, SpectrumStore, draw, layout
 from lightning_rectify.callbacks.spectrum.readings import read_layers, watched_layers
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_rectify._lightning import LightningModule
-from lightning_rectify.callbacks._modes import evaluating
 from lightning_rectify.nn._layers import ORTHOGONAL_MARK
+from lightning_rectify.nn.modes import evaluating
 from lightning_rectify.nn.singular_values import (
     condition_number,
     convolution_norm,

@@ -1,7 +1,6 @@
 """``SpectralGAN``: a generator against a discriminator whose singular values are controlled."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from lightning_rectify.modules.spectral_gan.metrics import GenerationMetrics
 from lightning_rectify.modules.spectral_gan.networks import build_networks
 from lightning_rectify.modules.spectral_gan.sampling import draw_latents, lerp, slerp
 from lightning_rectify.nn.controls import Control
+from lightning_rectify.nn.modes import evaluating
 from lightning_rectify.nn.spectral import project, rebuilt_once, spectral_control, spectral_penalty
 from lightning_rectify.optim.rectified_adam import RectifiedAdam
 
@@ -259,7 +259,7 @@ class SpectralGAN(MinimaxModule):
 
     def _decode(self, latents: Tensor, labels: Tensor | None, chunk: int = 250) -> Tensor:
         images = []
-        with torch.no_grad(), _evaluating(self.averaged("generator")):
+        with evaluating(self.averaged("generator")):
             for start in range(0, len(latents), chunk):
                 part = slice(start, start + chunk)
                 images.append(self(latents[part], None if labels is None else labels[part].to(self.device)).float())
@@ -356,15 +356,3 @@ def _at_least_one(**numbers: int) -> None:
 
 def _are_classes(labels: Tensor, count: int, classes: int) -> bool:
     return labels.shape == (count,) and bool(((labels >= 0) & (labels < classes)).all())
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each submodule's own mode after."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

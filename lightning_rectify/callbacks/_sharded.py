@@ -1,38 +1,12 @@
-"""Looking at a network in the middle of training and leaving it as it was."""
+"""What callbacks that look at weights can work with."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_rectify.nn._matrices import MATRIX_LAYERS
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Within this context the modules are in evaluation mode and nothing is recorded for gradients.
-
-    Each submodule gets back the mode that it had: a frozen batch normalization stays in evaluation mode.
-
-    Args:
-        modules: any modules.
-
-    Yields:
-        Nothing.
-    """
-    # The attribute and not train(): modules override that to do more.
-    modes = {part: part.training for module in modules for part in module.modules()}
-    for part in modes:
-        part.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def refuse_sharded(modules: Iterable[nn.Module], callback: str) -> None:
