@@ -1,5 +1,6 @@
 import csv
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -352,6 +353,26 @@ def test_alarm_eps_ruled():
     with pytest.warns(AdaptiveRateWarning, match=r"eps rules 100% of the coordinates"):
         found = alarms_of(Regression(lambda p: RectifiedAdam(p, eps=1e3, early_phase="skip")), batches=30)
     assert found == {"eps_ruled"}
+
+
+class Deep(Regression):
+    """ReLUs behind each other, without normalization: a few steps that are too large switch them all off."""
+
+    def __init__(self, make):
+        super().__init__(make)
+        widths = (6, 16, 16, 16, 16, 6)
+        layers = [part for a, b in pairwise(widths) for part in (torch.nn.Linear(a, b), torch.nn.ReLU())]
+        self.before = torch.nn.Sequential(*layers)
+
+    def forward(self, x):
+        return super().forward(x + self.before(x))
+
+
+def test_alarm_collapse():
+    with pytest.warns(AdaptiveRateWarning, match=r"median gradient fell from \S+ at the first step to \S+ at step 50"):
+        found = alarms_of(Deep(partial(RectifiedAdam, lr=30.0, early_phase="skip")), batches=60)
+    assert found == {"collapse"}
+    assert alarms_of(Deep(partial(RectifiedAdam, lr=0.01, early_phase="skip")), batches=60) == set()
 
 
 def test_alarm_stalled_moments_in_bfloat16():

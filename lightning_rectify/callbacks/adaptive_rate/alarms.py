@@ -14,6 +14,8 @@ _EPS_SHARE = 0.5  # of the coordinates, for this many points in a row:
 _EPS_POINTS = 10
 _STALLED_SHARE = 0.5
 _HELD_BACK = 10.0  # steps' worth of learning rate that make a rising schedule a warmup
+_COLLAPSE = 500.0  # times smaller median gradient than at the first step,
+_COLLAPSE_STEP = 50  # by this one (at step 10 runs that go on to learn have fallen too)
 _SETTLED = 10  # steps without a new highest learning rate after which a warmup is over
 
 
@@ -45,6 +47,8 @@ class GroupAlarms:
     _at_peak: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     _sums: np.ndarray = field(default_factory=lambda: np.zeros(4))  # steps, lr, r, r * lr
     _eps_run: int = 0
+    _first_gradient: float = 0.0
+    _looked_for_collapse: bool = False
 
     def at_start(self) -> Iterator[tuple[str, str]]:
         """Findings that need no training: (alarm, message)."""
@@ -69,10 +73,12 @@ class GroupAlarms:
         for i, step in enumerate(points.step):
             if self._first_step is None:
                 self._first_step, self._first_lr = step, float(block.lr[i])
+                self._first_gradient = points.values["gradient_median"][i]
             yield from self._early_jump(step, r[i], points.jump[i])
             self._follow_schedule(step, float(block.lr[i]), r[i])
             yield from self._double_warmup(step)
             yield from self._no_warmup(step)
+            yield from self._collapse(step, points.values["gradient_median"][i])
             yield from self._eps_ruled(step, eps_share[i], points.zero_share[i])
             if low_precision and i and points.step[i] == points.step[i - 1] + 1:
                 yield from self._stalled(step, block.v[i], block.v[i - 1], block.g[i])
@@ -128,6 +134,20 @@ class GroupAlarms:
             f"at 1000 (beta2 = {self.beta2:g}). Use RectifiedAdam, or a linear warmup over 2/(1-beta2) = "
             f"{2 / (1 - self.beta2):.0f} steps.",
         )
+
+    def _collapse(self, step: float, gradient: float) -> Iterator[tuple[str, str]]:
+        if self._looked_for_collapse or step < _COLLAPSE_STEP:
+            return
+        self._looked_for_collapse = True
+        if not self._from_the_start() or step > 2 * _COLLAPSE_STEP or self._first_gradient < _COLLAPSE * gradient:
+            return
+        if self._first_gradient > 0.0:
+            yield (
+                "collapse",
+                f"the median gradient fell from {self._first_gradient:.2g} at the first step to {gradient:.2g} at step "
+                f"{step:.0f}: the first, too large steps have driven most of the network to where it no longer learns "
+                "(arXiv:1908.03265, figure 2). Start again with RectifiedAdam, a warmup, or a smaller learning rate.",
+            )
 
     def _eps_ruled(self, step: float, share: float, zero_share: float) -> Iterator[tuple[str, str]]:
         self._eps_run = self._eps_run + 1 if share >= _EPS_SHARE and step >= _SETTLED else 0

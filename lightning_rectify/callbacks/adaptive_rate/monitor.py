@@ -60,7 +60,7 @@ class AdaptiveRateMonitor(Callback):
 
     Alarms (each once, as :class:`AdaptiveRateWarning`, and in :attr:`alarms`): the jump from unrectified to rectified
     steps; warmup on top of rectification; eps ruling half of the coordinates; second moments standing still in 16 bits;
-    a beta2 that never rectifies; Adam without warmup.
+    a beta2 that never rectifies; Adam without warmup; the collapse of the gradient that the paper's figure 2 shows.
 
     Cost: two gathers of ``sample_size`` numbers a group and step, nothing that makes the host wait for the device, and
     one transfer (for sharded state: one reduction) each ``trainer.log_every_n_steps`` points. The sample is the same
