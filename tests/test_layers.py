@@ -25,15 +25,16 @@ ARROWS = {
     "": {"optim", "nn", "data", "modules", "callbacks"},  # __init__.py: for type checkers; lazily otherwise
     "__main__": {"cli"},
     DOOR: set(),
+    "text": set(),
     "optim": set(),
     "nn": set(),
-    "data": {DOOR},
-    "modules": {"optim", "nn", DOOR},
-    "callbacks": {"optim", "nn", DOOR},
+    "data": {"text", DOOR},
+    "modules": {"optim", "nn", "text", DOOR},
+    "callbacks": {"optim", "nn", "text", DOOR},
     "cli": {"optim", "nn", "data", "modules", "callbacks", DOOR},
 }
 # rooms that are plain torch
-ONLY = {"optim": {"torch", "numpy"}, "nn": {"torch", "numpy"}}
+ONLY = {"optim": {"torch", "numpy"}, "nn": {"torch", "numpy"}, "text": {"torch", "sentencepiece"}}
 
 
 def imports_of(source, module):
@@ -69,7 +70,7 @@ def complaints(path, source):
             elif room == theirs == "modules":
                 found += _across_folders(path, parts, rest, name)
         elif room in ONLY and top not in ONLY[room] | set(sys.stdlib_module_names) | {"lightning_rectify"}:
-            found.append(f"{path} imports {name}: {room} is torch, numpy and the standard library")
+            found.append(f"{path} imports {name}: {room} is {', '.join(sorted(ONLY[room]))} and the standard library")
     return found
 
 

@@ -1,5 +1,6 @@
 """LightningDataModules."""
 
 from lightning_rectify.data.images import ImageData
+from lightning_rectify.data.translation import TranslationData
 
-__all__ = ["ImageData"]
+__all__ = ["ImageData", "TranslationData"]
