@@ -1,7 +1,17 @@
-"""Callbacks that watch training; they work with any LightningModule."""
+"""Callbacks that watch training, show what a model makes, and write it down."""
 
 from lightning_rectify.callbacks.adaptive_rate import AdaptiveRateMonitor
+from lightning_rectify.callbacks.average import CheckpointAverage
 from lightning_rectify.callbacks.samples import SampleGrid, SampleWriter
 from lightning_rectify.callbacks.spectrum import SpectrumMonitor
+from lightning_rectify.callbacks.translations import TranslationSamples, TranslationWriter
 
-__all__ = ["AdaptiveRateMonitor", "SampleGrid", "SampleWriter", "SpectrumMonitor"]
+__all__ = [
+    "AdaptiveRateMonitor",
+    "CheckpointAverage",
+    "SampleGrid",
+    "SampleWriter",
+    "SpectrumMonitor",
+    "TranslationSamples",
+    "TranslationWriter",
+]

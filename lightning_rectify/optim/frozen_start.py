@@ -54,7 +54,7 @@ class FrozenStartAdam(Optimizer):
         super().__init__(params, {**numbers, "betas": tuple(betas)})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; see :meth:`torch.optim.Optimizer.step`."""
         loss = None
         if closure is not None:
