@@ -18,7 +18,9 @@ _PUBLIC = {
     "MinimaxModule": "modules",
     "ImageClassifier": "modules",
     "SpectralGAN": "modules",
+    "Translator": "modules",
     "ImageData": "data",
+    "TranslationData": "data",
 }
 
 __all__ = [
@@ -30,13 +32,15 @@ __all__ = [
     "RectifiedModule",
     "SpectralGAN",
     "SpectrumMonitor",
+    "TranslationData",
+    "Translator",
     "__version__",
 ]
 
 if TYPE_CHECKING:
     from lightning_rectify.callbacks import AdaptiveRateMonitor, SpectrumMonitor
-    from lightning_rectify.data import ImageData
-    from lightning_rectify.modules import ImageClassifier, MinimaxModule, RectifiedModule, SpectralGAN
+    from lightning_rectify.data import ImageData, TranslationData
+    from lightning_rectify.modules import ImageClassifier, MinimaxModule, RectifiedModule, SpectralGAN, Translator
     from lightning_rectify.optim import RectifiedAdam
 
 

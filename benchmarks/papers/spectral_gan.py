@@ -18,8 +18,8 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -302,9 +302,9 @@ def main() -> None:
         rows.append(found["row"]) if found.get("study") == asdict(study) else todo.append(cell)
     print(f"{len(todo)} of {len(grid)} runs to do, {study.steps} steps each, {args.jobs} at a time", flush=True)
     begin = time.perf_counter()
-    with ProcessPoolExecutor(1 if args.quick else args.jobs, mp_context=get_context("spawn")) as pool:
-        for count, done in enumerate(as_completed([pool.submit(run, cell, study, work) for cell in todo]), start=1):
-            row = done.result()
+    # A fresh process after a few runs: what torch and the allocator keep of each adds up to gigabytes.
+    with get_context("spawn").Pool(1 if args.quick else args.jobs, maxtasksperchild=4) as pool:
+        for count, row in enumerate(pool.imap_unordered(partial(run, study=study, work=work), todo), start=1):
             rows.append(row)
             left = (time.perf_counter() - begin) / count * (len(todo) - count)
             print(f"{describe(row)}  about {left / 60:.0f} min left", flush=True)

@@ -11,8 +11,8 @@ from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rectify._lightning import LightningDataModule, LightningModule, seed_everything
-from lightning_rectify.data import ImageData
-from lightning_rectify.modules import ImageClassifier, MinimaxModule, SpectralGAN
+from lightning_rectify.data import ImageData, TranslationData
+from lightning_rectify.modules import ImageClassifier, MinimaxModule, SpectralGAN, Translator
 from lightning_rectify.modules.spectral_gan import RandomFeatures
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -38,7 +38,8 @@ class Row:
         epochs: of that run.
         players: the names of the parameter groups, with the optimizer's argument and its steps a batch.
         players_loss: the player whose loss first turns NaN with a poisoned batch.
-        networks: attributes that hold networks with weights; the first one is exported.
+        networks: paths of attributes that hold networks with weights, which ``compile`` compiles.
+        exported: path of the network that is exported; None for the first one.
         strategy: Lightning's name of the strategy for two processes.
         quiet: of a game, a subclass whose noise is a function of the batch, for runs without ``noise``.
         learn_module_args: on top of ``module_args`` for the run that learns: what measures it.
@@ -65,6 +66,7 @@ class Row:
     players: Mapping[str, tuple[str, int]] = field(default_factory=lambda: {"model": ("optimizer", 1)})
     players_loss: str = "model"
     networks: Sequence[str] = ("network",)
+    exported: str | None = None
     strategy: str = "ddp"
     batches: int = 6
     quiet: type[LightningModule] | None = None
@@ -77,8 +79,8 @@ class Row:
 
     @property
     def steps_a_batch(self) -> int:
-        """Optimizer steps of all players."""
-        return sum(count for _, count in self.players.values())
+        """Optimizer steps of all players; without a game, the groups are those of one optimizer."""
+        return 1 if self.quiet is None else sum(count for _, count in self.players.values())
 
     def accumulation(self, batches: int) -> dict[str, Any]:
         """Options that make a step of so many batches: the Trainer's, or a game's own."""
@@ -113,6 +115,22 @@ class UserClassifier(ImageClassifier):
 
 
 class ResavingClassifier(UserClassifier):
+    """One that saves hyperparameters again, with an object among its own arguments."""
+
+    def __init__(self, head: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+
+class UserTranslator(Translator):
+    """A user's subclass with an argument of its own."""
+
+    def __init__(self, extra: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.extra = extra
+
+
+class ResavingTranslator(UserTranslator):
     """One that saves hyperparameters again, with an object among its own arguments."""
 
     def __init__(self, head: nn.Module | None = None, **kwargs: Any) -> None:
@@ -317,6 +335,60 @@ ROWS = (
             ({"ema_decay": 1.0}, r"`ema_decay`.*\[0, 1\).*got 1.0"),
             ({"accumulate": 0}, "`accumulate`.*at least 1.*got 0"),
             ({"clip_norm": {"critic": 1.0}}, "`clip_norm`.*discriminator, generator.*got 'critic'"),
+        ),
+    ),
+    Row(
+        stem="translation",
+        module=Translator,
+        module_args={
+            "vocab_size": 100,
+            "width": 32,
+            "heads": 2,
+            "feedforward": 64,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "dropout": 0.0,
+            "beam_size": 2,
+        },
+        noise_args={"dropout": 0.3},
+        data=TranslationData,
+        data_args={"train_size": 192, "val_size": 100, "vocab_size": 100},
+        batch_size=32,
+        quick_cli=(
+            "--model.init_args.vocab_size=100",
+            "--model.init_args.width=32",
+            "--model.init_args.feedforward=64",
+            "--model.init_args.encoder_layers=1",
+            "--model.init_args.decoder_layers=1",
+            "--model.init_args.beam_size=1",
+            "--data.init_args.train_size=192",
+            "--data.init_args.val_size=100",
+            "--data.init_args.vocab_size=100",
+            "--data.init_args.batch_size=32",
+            "--data.init_args.batch_tokens=null",
+        ),
+        metric="val/nll",
+        higher=False,
+        margin=2.0,
+        learn_args={"train_size": 1024, "val_size": 100},
+        epochs=6,
+        players={"model": ("optimizer", 1), "embedding": ("optimizer", 1)},
+        networks=("network.encoder", "network.decoder"),
+        exported="network",
+        subclasses={"extra argument": UserTranslator, "saves again": ResavingTranslator},
+        bad_arguments=(
+            ({"vocab_size": 3}, "`vocab_size`.*at least.*got 3"),
+            ({"width": 0}, "`width`.*got 0"),
+            ({"width": 30, "heads": 4}, "`width`.*multiple of.*`heads`, 4.*got 30"),
+            ({"encoder_layers": 0}, "`encoder_layers`.*at least 1.*got 0"),
+            ({"dropout": 1.0}, r"`dropout`.*\[0, 1\).*got 1.0"),
+            ({"norm": "middle"}, "`norm`.*'post' or 'pre'.*got 'middle'"),
+            ({"network_args": {"depth": 3}}, "`network_args`.*arguments of Transformer.*depth"),
+            ({"network_args": {"positions": "none"}}, "`positions`.*got 'none'"),
+            ({"label_smoothing": 1.0}, r"`label_smoothing`.*\[0, 1\).*got 1.0"),
+            ({"beam_size": 0}, "`beam_size`.*at least 1.*got 0"),
+            ({"max_length_ratio": 0.0}, "`max_length_ratio`.*above 0.*got 0.0"),
+            ({"lr_scheduler_interval": "day"}, "`lr_scheduler_interval`.*'step' or 'epoch'.*got 'day'"),
         ),
     ),
     Row(

@@ -1,5 +1,7 @@
 """Clause 9: wrong arguments say what is wrong; a loss that is not finite stops training and spoils nothing."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 
@@ -22,22 +24,30 @@ def test_wrong_argument_is_named_with_what_was_expected_and_what_came(each, argu
 
 
 class Poison(Callback):
-    """Makes every number of one batch NaN, or infinite."""
+    """Makes every number of one batch NaN, or infinite; of a batch of tokens, what the last network makes of it."""
 
-    def __init__(self, at, value):
-        self.at, self.value = at, value
+    def __init__(self, row, at, value):
+        self.row, self.at, self.value, self.hook = row, at, value, None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.at:
-            for part in batch:
-                if part.is_floating_point():
-                    part.fill_(self.value)
+        if trainer.global_step != self.at:
+            return
+        numbers = [part for part in batch if isinstance(part, torch.Tensor) and part.is_floating_point()]
+        for part in numbers:
+            part.fill_(self.value)
+        if not numbers:
+            network = attrgetter(self.row.networks[-1])(pl_module)
+            self.hook = network.register_forward_hook(lambda _, __, output: output * self.value)
+
+    def on_exception(self, trainer, pl_module, exception):
+        if self.hook is not None:
+            self.hook.remove()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint_good(row, value, tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    fit = trainer(max_epochs=2, callbacks=[Poison(8, value), keep], enable_checkpointing=True)
+    fit = trainer(max_epochs=2, callbacks=[Poison(row, 8, value), keep], enable_checkpointing=True)
     module = row.make_module()
     with pytest.raises(NonFiniteLossError, match=rf"player '{row.players_loss}' is (nan|-?inf) at step 8\b"):
         fit.fit(module, row.make_data())

@@ -1,0 +1,252 @@
+"""Does a Transformer need warmup? The RAdam paper's Figures 1 to 3 on Multi30k or any other aligned text.
+
+Encoder-decoders of several depths, with post- and pre-norm, under Adam without warmup, Adam with warmup, Adam-2k
+(``FrozenStartAdam``), Adam with a large eps, and RectifiedAdam; several seeds. Of every update the negative
+log-likelihood is kept, and what ``AdaptiveRateMonitor`` measured: quantiles of the gradient (without embeddings),
+variance of the adaptive rate, and whether its alarm for a collapse was raised at update 50.
+
+    python benchmarks/papers/translation.py --data FOLDER [--jobs 2] [--groups paper border ...] [--seeds 1 2 3]
+
+Each run leaves a file below ``--work``, so that an interrupted study goes on.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from timing import ROOT, data_folder, environment, output_path, parser, write_result
+
+from lightning_rectify import AdaptiveRateMonitor, RectifiedAdam, TranslationData, Translator
+from lightning_rectify._lightning import Callback, Trainer, seed_everything
+from lightning_rectify.optim.frozen_start import FrozenStartAdam
+from lightning_rectify.optim.schedules import LinearWarmup
+
+NAME = "translation_warmup"
+SHOWN = (1, 5, 10, 25, 50, 75, 100, 200, 300, 400)  # the paper's iterations of Figure 2, and on
+QUANTITIES = ("gradient_median", "gradient_q05", "gradient_q95", "log_variance", "variance", "theory_variance")
+FOLDERS = {"multi30k": ("multi30k", "."), "libreoffice": ("libreoffice-help-de-en", ".")}
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How a run trains: the optimizer, and updates of linear warmup."""
+
+    make: Any
+    warmup: int = 0
+    frozen: int = 0  # updates in which the weights stand still; they are not counted
+
+
+OPTIMIZERS = {
+    "Adam": Optimizer(partial(torch.optim.Adam, betas=(0.9, 0.999))),
+    "Adam, warmup 400": Optimizer(partial(torch.optim.Adam, betas=(0.9, 0.999)), warmup=400),
+    "Adam-2k": Optimizer(partial(FrozenStartAdam, betas=(0.9, 0.999), frozen_steps=400), frozen=400),
+    "Adam-eps": Optimizer(partial(torch.optim.Adam, betas=(0.9, 0.999), eps=1e-4)),
+    "RectifiedAdam": Optimizer(partial(RectifiedAdam, betas=(0.9, 0.999))),
+    "RectifiedAdam, beta2 .98": Optimizer(partial(RectifiedAdam, betas=(0.9, 0.98))),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    width: int
+    depth: int
+    norm: str
+    lr: float
+    optimizer: str
+    precision: str
+    updates: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        shape = f"{self.width}_{self.depth}_{self.norm}_{self.lr:g}_{self.precision}_{self.updates}"
+        return f"{shape}_{self.optimizer.replace(' ', '').replace(',', '_')}_s{self.seed}"
+
+
+def grid(group: str, seeds: Sequence[int], precision: str) -> list[Cell]:
+    """The runs of a part of the study."""
+    every = tuple(OPTIMIZERS)
+    two = ("Adam", "RectifiedAdam")
+    shapes: list[tuple[int, int, str, float, str, int, Sequence[str]]] = {
+        "paper": [(256, 6, "post", 1e-3, precision, 400, every)],
+        "paper_512": [(512, 6, "post", 3e-4, precision, 400, every[:5])],
+        "depth": [(256, depth, "post", 1e-3, precision, 400, two) for depth in (3, 4, 5)],
+        "lr": [(256, 6, "post", lr, precision, 400, two) for lr in (3e-4, 5e-4, 7e-4)],
+        "pre_norm": [(256, 6, "pre", 1e-3, precision, 400, two)],
+        "fp32": [(256, 6, "post", 1e-3, "32-true", 400, two)],
+        "long": [(256, 6, "post", 1e-3, precision, 3300, ("Adam", "Adam, warmup 400", "RectifiedAdam"))],
+    }[group]
+    return [
+        Cell(width, depth, norm, lr, optimizer, kind, updates, seed)
+        for seed in seeds
+        for width, depth, norm, lr, kind, updates, optimizers in shapes
+        for optimizer in optimizers
+    ]
+
+
+GROUPS = ("paper", "paper_512", "depth", "lr", "pre_norm", "fp32", "long")
+
+
+class Curve(Callback):
+    """The negative log-likelihood of every update."""
+
+    def __init__(self) -> None:
+        self.nll: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.nll.append(round(float(trainer.callback_metrics["train/nll"]), 4))
+
+
+def data_of(root: str, dataset: str, seed: int, vocabulary: Path | None, batch_tokens: int) -> TranslationData:
+    """The pairs, under one vocabulary for all runs."""
+    if dataset == "numbers":
+        return TranslationData(batch_tokens=batch_tokens, seed=seed, train_size=500, val_size=50)
+    options: dict[str, Any] = {"dataset": "multi30k", "root": root}
+    if dataset != "multi30k":
+        options = {"dataset": "files", "root": root, "train": "train", "val": "val", "test": "test"}
+    return TranslationData(
+        **options, vocab_size=8000, vocabulary_file=str(vocabulary), batch_tokens=batch_tokens, seed=seed
+    )
+
+
+def run(cell: Cell, dataset: str, root: str, work: Path, batch_tokens: int) -> dict[str, Any]:
+    """Train one model; on one thread."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")  # the monitor's findings are counted, not shown
+    begin = time.process_time()
+    how = OPTIMIZERS[cell.optimizer]
+    data = data_of(root, dataset, cell.seed, work / f"{dataset}.model", batch_tokens)
+    seed_everything(cell.seed, verbose=False)
+    module = Translator(
+        vocab_size=data.vocab_size, width=cell.width, heads=4, feedforward=4 * cell.width, encoder_layers=cell.depth,
+        decoder_layers=cell.depth, dropout=0.1, norm=cell.norm, optimizer=partial(how.make, lr=cell.lr),
+        lr_scheduler=partial(LinearWarmup, warmup_steps=how.warmup) if how.warmup else None,
+        lr_scheduler_interval="step", val_translations=cell.updates > 1000,
+    )  # fmt: skip
+    curve, monitor = Curve(), AdaptiveRateMonitor()
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="cpu", devices=1, max_steps=cell.updates + how.frozen, max_epochs=-1, precision=cell.precision,
+            gradient_clip_val=25, use_distributed_sampler=False, callbacks=[curve, monitor], default_root_dir=folder,
+            logger=csv_logger(folder), enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=0, log_every_n_steps=50,
+        )  # fmt: skip
+        trainer.fit(module, data)
+        points = read_points(next(Path(folder).rglob("adaptive_rate.csv")), how.frozen)
+    final = trainer.validate(module, data, verbose=False)[0]
+    nll = curve.nll[how.frozen :]
+    row: dict[str, Any] = {**asdict(cell), "nll": nll, "last_20_nll": statistics.fmean(nll[-20:]), "points": points}
+    row["collapse_alarm"] = any(alarm == "collapse" for _, alarm in monitor.alarms | {}) or any(
+        alarm == "collapse" for alarm, _ in monitor.alarms
+    )
+    row["val"] = {name: round(float(value), 4) for name, value in final.items()}
+    row["cpu_seconds"] = round(time.process_time() - begin, 1)
+    (work / f"{dataset}_{cell.name}.json").write_text(json.dumps(row))
+    return row
+
+
+def csv_logger(folder: str) -> Any:
+    """Lightning's, through the name the package uses."""
+    from importlib import import_module
+
+    from lightning_rectify._lightning import NAME as LIGHTNING
+
+    return import_module(f"{LIGHTNING}.loggers").CSVLogger(folder)
+
+
+def read_points(path: Path, frozen: int) -> dict[str, dict[str, float]]:
+    """The monitor's quantities of the group "model" after the named updates."""
+    points = {}
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            step = int(line["step"]) - frozen
+            if line["group"] == "model" and step in SHOWN:
+                points[str(step)] = {name: float(line[name]) for name in QUANTITIES}
+    return points
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line a shape and optimizer: means over seeds, with the smallest and the largest."""
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    keys = ("width", "depth", "norm", "lr", "precision", "updates", "optimizer")
+    for row in rows:
+        cells.setdefault(tuple(row[key] for key in keys), []).append(row)
+    table = []
+    for key, group in cells.items():
+        line: dict[str, Any] = {**dict(zip(keys, key, strict=True)), "runs": len(group)}
+        for update in (50, 100, 200, 400, 3300):
+            values = [statistics.fmean(row["nll"][update - 20 : update]) for row in group if len(row["nll"]) >= update]
+            if values:
+                line[f"nll_{update}"] = [statistics.fmean(values), min(values), max(values)]
+        ratios = [row["points"]["1"]["gradient_median"] / max(row["points"]["50"]["gradient_median"], 1e-30)
+                  for row in group if "50" in row["points"]]  # fmt: skip
+        line["gradient_1_over_50"] = ratios
+        line["alarms"] = sum(row["collapse_alarm"] for row in group)
+        line["val"] = [row["val"] for row in group]
+        table.append(line)
+    return table
+
+
+def parse() -> argparse.Namespace:
+    arguments = parser(__doc__, NAME)
+    arguments.add_argument("--data", help="folder that holds multi30k or libreoffice-help-de-en")
+    arguments.add_argument("--dataset", choices=list(FOLDERS), default="multi30k")
+    arguments.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    arguments.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    arguments.add_argument("--precision", default="bf16-mixed", help="32-true on a CPU without bf16 instructions")
+    arguments.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
+    return arguments.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    path = output_path(NAME, args.out, args.quick)
+    batch_tokens = 1000
+    if args.quick:
+        dataset, root, work = "numbers", "", path.parent / NAME
+        cells = [Cell(32, 1, "post", 1e-3, name, "32-true", 6, 1) for name in ("Adam", "RectifiedAdam")]
+    else:
+        dataset, root, work = args.dataset, data_folder(args.data, FOLDERS[args.dataset]), args.work
+        cells = [cell for group in args.groups for cell in grid(group, args.seeds, args.precision)]
+    work.mkdir(parents=True, exist_ok=True)
+    data_of(root, dataset, 1, work / f"{dataset}.model", batch_tokens).prepare_data()
+    rows, todo = [], []
+    for cell in cells:
+        found = work / f"{dataset}_{cell.name}.json"
+        rows.append(json.loads(found.read_text())) if found.exists() and not args.quick else todo.append(cell)
+    print(f"{len(todo)} of {len(cells)} runs to do, {args.jobs} at a time", flush=True)
+    job = partial(run, dataset=dataset, root=root, work=work, batch_tokens=batch_tokens)
+    # A fresh process after a few runs: what torch and the allocator keep of each adds up to gigabytes.
+    with get_context("spawn").Pool(1 if args.quick else args.jobs, maxtasksperchild=4) as pool:
+        for count, row in enumerate(pool.imap_unordered(job, todo), start=1):
+            rows.append(row)
+            print(
+                f"{count}/{len(todo)} {row['width']}/{row['depth']} {row['norm']} {row['lr']:g} {row['optimizer']} "
+                f"seed {row['seed']}: nll {row['last_20_nll']:.3f}, alarm {row['collapse_alarm']}, "
+                f"{row['cpu_seconds']} s",
+                flush=True,
+            )
+    settings = {"dataset": dataset, "batch_tokens": batch_tokens, "vocabulary": 8000, "dropout": 0.1, "clip": 25}
+    machine = {**environment(packages=("torchmetrics", "sentencepiece")), "threads": 1}
+    write_result(path, NAME, settings, rows, table=summarize(rows), environment=machine)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,454 @@
+"""``Translator``: a Transformer that translates sentences, from text to text."""
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rectify._lightning import rank_zero_warn
+from lightning_rectify.modules.base import RectifiedModule
+from lightning_rectify.modules.translation.decoding import Hypothesis, beam_search, greedy_search, sample
+from lightning_rectify.modules.translation.loss import linear_cross_entropy
+from lightning_rectify.modules.translation.metrics import TranslationMetrics
+from lightning_rectify.modules.translation.transformer import Transformer
+from lightning_rectify.nn.modes import evaluating
+from lightning_rectify.optim.rectified_adam import RectifiedAdam
+from lightning_rectify.text import BOS, EOS, PAD, TranslationBatch, Vocabulary, pad
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.optim.optimizer import Optimizer
+
+_VOCABULARIES = "lightning_rectify_vocabularies"
+
+
+class Translator(RectifiedModule):
+    """Translation by an encoder-decoder Transformer (arXiv:1908.03265, section 5.3; arXiv:1706.03762).
+
+    A batch is a :class:`~lightning_rectify.text.TranslationBatch`. The loss of an optimizer step is the mean over all
+    target tokens that the step sees, on all ranks and in all accumulated batches, whatever their number in each.
+
+    Checkpoints hold the vocabularies, so that one file translates::
+
+        Translator.load_from_checkpoint("last.ckpt").translate(["Ein Hund läuft im Schnee."])
+
+    Logged: ``train/loss`` (with smoothed labels) and ``train/nll`` at each step; ``val/nll``, nats a token, and
+    ``val/bleu``, ``val/chrf``, ``val/exact_match``, in percent, of translations against the raw reference lines; the
+    same for ``test/``. Validation translates greedily, test and prediction with a beam.
+
+    Args:
+        vocab_size: subwords of the source, and of the target where ``target_vocab_size`` is None, as the data have
+            them.
+        target_vocab_size: subwords of the target; None for one joint vocabulary.
+        width: features D of a token.
+        heads: attention heads; they share the width.
+        feedforward: features inside a feed-forward layer.
+        encoder_layers: at least 1.
+        decoder_layers: at least 1.
+        dropout: on embeddings and on each layer's outputs, in [0, 1).
+        norm: "post" (the paper's; it is what fails without warmup) or "pre".
+        network_args: further arguments of
+            :class:`~lightning_rectify.modules.translation.transformer.Transformer`: ``attention_dropout``,
+            ``activation_dropout``, ``positions``, ``max_length``, ``tied``.
+        label_smoothing: probability taken from the true token and spread over all, in [0, 1); in ``train/loss`` only.
+        beam_size: of test and prediction, at least 1; 1 is greedy.
+        length_penalty: of the beam, the exponent of the length by which log-probabilities are divided.
+        max_length_ratio: longest translation, as a multiple of the source's length, above 0; ten tokens are added.
+        val_translations: whether to translate in validation: BLEU, chrF and exact match cost a decoding.
+        **kwargs: of :class:`RectifiedModule`: ``optimizer``, ``lr_scheduler``, ``lr_scheduler_interval``, ``compile``.
+
+    Attributes:
+        vocabularies: source's and target's; None until data or checkpoint give them.
+
+    Raises:
+        ValueError: for an argument outside its range; in ``setup``, if the datamodule's vocabularies have other sizes.
+    """
+
+    vocabularies: tuple[Vocabulary, Vocabulary] | None
+
+    def __init__(
+        self,
+        vocab_size: int = 400,
+        target_vocab_size: int | None = None,
+        width: int = 256,
+        heads: int = 4,
+        feedforward: int = 1024,
+        encoder_layers: int = 3,
+        decoder_layers: int = 3,
+        dropout: float = 0.1,
+        norm: str = "post",
+        network_args: dict[str, Any] | None = None,
+        label_smoothing: float = 0.1,
+        beam_size: int = 5,
+        length_penalty: float = 1.0,
+        max_length_ratio: float = 2.0,
+        val_translations: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1) but got {label_smoothing}.")
+        if beam_size < 1:
+            raise ValueError(f"Expected argument `beam_size` to be at least 1 but got {beam_size}.")
+        if not max_length_ratio > 0:
+            raise ValueError(f"Expected argument `max_length_ratio` to be above 0 but got {max_length_ratio}.")
+        try:
+            self.network = Transformer(
+                vocab_size, target_vocab_size, width=width, heads=heads, feedforward=feedforward,
+                encoder_layers=encoder_layers, decoder_layers=decoder_layers, dropout=dropout,
+                norm=norm,  # type: ignore[arg-type]
+                **(network_args or {}),
+            )  # fmt: skip
+        except TypeError as error:
+            raise ValueError(
+                f"Expected argument `network_args` to hold arguments of Transformer but got {network_args}: {error}."
+            ) from error
+        self.norm = norm
+        self.vocab_size, self.target_vocab_size = vocab_size, target_vocab_size
+        self.label_smoothing, self.val_translations = label_smoothing, val_translations
+        self.beam_size, self.length_penalty, self.max_length_ratio = beam_size, length_penalty, max_length_ratio
+        self.vocabularies = None
+        self.val_metrics = TranslationMetrics(val_translations)
+        self.test_metrics = TranslationMetrics()
+        self._window: tuple[Tensor, Tensor] | None = None  # tokens of the step's first batch, and of all so far
+        self.example_input_array = (torch.tensor([[4, 5, EOS], [4, EOS, PAD]]), torch.tensor([[BOS, 4], [BOS, 5]]))
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The embeddings apart: their gradients, unlike the others, do not vanish where training fails.
+
+        "model" in the dashboard is thus what tells whether the network learns.
+        """
+        embeddings = {id(p) for part in self.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
+        groups: dict[str, list[nn.Parameter]] = {"model": [], "embedding": []}
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                groups["embedding" if id(parameter) in embeddings else "model"].append(parameter)
+        return [{"name": name, "params": parameters} for name, parameters in groups.items() if parameters]
+
+    def configure_optimizers(self) -> Any:
+        """As in :class:`RectifiedModule`; warns of a ``beta2`` under which rectification protects too briefly."""
+        configured = super().configure_optimizers()
+        optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+        beta2 = optimizer.param_groups[0].get("betas", (0.0, 1.0))[1]
+        if isinstance(optimizer, RectifiedAdam) and self.lr_scheduler is None and beta2 < 0.99 and self.norm == "post":
+            rank_zero_warn(
+                f"RectifiedAdam with beta2 = {beta2:g} holds the learning rate back for about {2 / (1 - beta2):.0f} "
+                "steps only. A Transformer of 6+6 layers with post-norm is not protected by that (with 0.98 it stalls; "
+                "with 0.999 it trains): use a larger beta2, or a warmup."
+            )
+        return configured
+
+    def networks(self) -> list[nn.Module]:
+        """What ``compile`` compiles: the two stacks, for training; decoding runs token by token and as it is."""
+        return [self.network.encoder, self.network.decoder]
+
+    def setup(self, stage: str) -> None:
+        """Take the datamodule's vocabularies for training; those of a checkpoint come after and replace them."""
+        if stage == "fit":
+            self._adopt_vocabularies()
+
+    def on_validation_start(self) -> None:
+        """Without a checkpoint, the datamodule's vocabularies."""
+        self._adopt_vocabularies()
+
+    def on_test_start(self) -> None:
+        """Without a checkpoint, the datamodule's vocabularies."""
+        self._adopt_vocabularies()
+
+    def on_predict_start(self) -> None:
+        """Without a checkpoint, the datamodule's vocabularies."""
+        self._adopt_vocabularies()
+
+    def _adopt_vocabularies(self) -> None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self.vocabularies is not None or (found := getattr(datamodule, "vocabularies", None)) is None:
+            return
+        expected = {"vocab_size": self.vocab_size, "target_vocab_size": self.target_vocab_size}
+        theirs = {
+            "vocab_size": len(found[0]),
+            "target_vocab_size": None if found[0] == found[1] else len(found[1]),
+        }
+        for name, value in expected.items():
+            if theirs[name] != value:
+                raise ValueError(
+                    f"Expected argument `{name}` of {type(self).__name__} to be {theirs[name]}, as the vocabularies of "
+                    f"the datamodule {type(datamodule).__name__} are, but got {value}."
+                )
+        self.vocabularies = found
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the vocabularies."""
+        super().on_save_checkpoint(checkpoint)
+        if self.vocabularies is not None:
+            checkpoint[_VOCABULARIES] = [vocabulary.model for vocabulary in self.vocabularies]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the vocabularies that the weights belong to."""
+        super().on_load_checkpoint(checkpoint)
+        if models := checkpoint.get(_VOCABULARIES):
+            source = Vocabulary(models[0])
+            self.vocabularies = source, source if models[0] == models[1] else Vocabulary(models[1])
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Logits (B, T, V) of the token after each of ``target`` (B, T), given ``source`` (B, S)."""
+        return self.network(source, target)
+
+    def on_train_start(self) -> None:
+        """No batch has been seen of the next step."""
+        super().on_train_start()
+        self._window = None
+
+    def training_step(self, batch: TranslationBatch, batch_idx: int) -> Tensor:
+        """The share of this batch in the step's loss; logs ``train/loss`` and ``train/nll``, a token."""
+        loss, nll, count = self._losses(batch, self.label_smoothing)
+        tokens = int(count)
+        self.log("train/loss", loss.detach() / tokens, prog_bar=True, batch_size=tokens)
+        self.log("train/nll", nll / tokens, batch_size=tokens)
+        return loss * self._share(count)
+
+    def _losses(self, batch: TranslationBatch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over the target's tokens of the loss and of the negative log-likelihood, and their number."""
+        assert batch.target is not None
+        inputs, labels = batch.target[:, :-1], batch.target[:, 1:]
+        real = labels != PAD
+        hidden = self.network.features(batch.source, inputs)[real]
+        loss, nll = linear_cross_entropy(hidden, self.network.output_weight, labels[real], label_smoothing)
+        return loss, nll, real.sum()
+
+    def _share(self, count: Tensor) -> Tensor:
+        """What a sum over tokens is multiplied with, so that the step's gradient is the mean over all of them.
+
+        Ranks and accumulated batches are averaged by Lightning as if each had as many tokens. All batches of a step are
+        therefore divided by one number, the first one's tokens on all ranks, and the gradient is put right at the end.
+        """
+        count = count.double()
+        if self.trainer.world_size > 1:
+            count = self.trainer.strategy.reduce(count, reduce_op="sum")
+        first, all_ = self._window if self._window is not None else (count, torch.zeros_like(count))
+        self._window = first, all_ + count
+        return self.trainer.world_size / first
+
+    def on_before_optimizer_step(self, optimizer: "Optimizer") -> None:
+        """From tokens of the first batch to tokens of all accumulated ones."""
+        assert self._window is not None
+        (first, all_), self._window = self._window, None
+        batches = self.trainer.accumulate_grad_batches
+        if batches > 1:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(gradients, float(batches * first / all_))
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: TranslationBatch, batch_idx: int) -> None:
+        """Feed the metrics; translates greedily."""
+        self._evaluate(batch, self.val_metrics, beam_size=1)
+
+    def test_step(self, batch: TranslationBatch, batch_idx: int) -> None:
+        """Feed the metrics; translates with ``beam_size``."""
+        self._evaluate(batch, self.test_metrics, beam_size=self.beam_size)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/...``."""
+        self._log_metrics("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/...``."""
+        self._log_metrics("test", self.test_metrics)
+
+    def predict_step(self, batch: TranslationBatch, batch_idx: int, dataloader_idx: int = 0) -> list[str]:
+        """A translation of each sentence of the batch."""
+        return [self._text(found[0]) for found in self._search(batch.source)]
+
+    def _evaluate(self, batch: TranslationBatch, metrics: TranslationMetrics, beam_size: int) -> None:
+        _, nll, count = self._losses(batch)
+        translations = None
+        if metrics.texts and batch.references is not None and self.vocabularies is not None:
+            translations = [self._text(found[0]) for found in self._search(batch.source, beam_size)]
+        metrics.update(nll, count, translations, batch.references)
+
+    def _log_metrics(self, stage: str, metrics: TranslationMetrics) -> None:
+        if not self.trainer.sanity_checking:
+            values = metrics.compute()
+            self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
+            if (shown := values.get("bleu")) is not None:
+                self.log(f"{stage}_bleu", shown, prog_bar=True, logger=False)
+        metrics.reset()
+
+    # -- translating ---------------------------------------------------------------------------------------------------
+
+    def translate(
+        self,
+        texts: Sequence[str],
+        beam_size: int | None = None,
+        length_penalty: float | None = None,
+        batch_size: int = 64,
+    ) -> list[str]:
+        """A translation of each text, in their order.
+
+        Args:
+            texts: sentences of the source language; an empty one has an empty translation.
+            beam_size: at least 1; 1 is greedy; None for the module's.
+            length_penalty: of the beam; None for the module's.
+            batch_size: sentences translated at a time, at least 1.
+
+        Raises:
+            RuntimeError: if the module has no vocabularies yet.
+        """
+        return [found[0][0] if found else "" for found in self._found(texts, beam_size, length_penalty, 1, batch_size)]
+
+    def translate_n_best(
+        self,
+        texts: Sequence[str],
+        n_best: int,
+        beam_size: int | None = None,
+        length_penalty: float | None = None,
+        batch_size: int = 64,
+    ) -> list[list[tuple[str, float]]]:
+        """The best translations of each text that the beam found, best first, with their scores.
+
+        A score is a log-probability (natural logarithm) over the length to the power of ``length_penalty``. See
+        :meth:`translate` for the other arguments.
+
+        Args:
+            texts: sentences of the source language.
+            n_best: how many, 1 to ``beam_size``.
+            beam_size: at least 1; None for the module's.
+            length_penalty: of the beam; None for the module's.
+            batch_size: sentences translated at a time, at least 1.
+        """
+        return self._found(texts, beam_size, length_penalty, n_best, batch_size)
+
+    def sample(
+        self,
+        texts: Sequence[str],
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[tuple[str, float]]:
+        """A translation of each text drawn at random, with its log-probability; see ``decoding.sample``."""
+        source = self._sources(texts)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        with evaluating(self):
+            found = sample(self.network, source, self._limits(source), temperature, top_k, top_p, generator)
+        return [(self._text(one), one.log_probability) for one in found]
+
+    def score(self, texts: Sequence[str], translations: Sequence[str], batch_size: int = 64) -> Tensor:
+        """Log-probability (natural logarithm) of each translation given its text, float64, shape (N,).
+
+        Raises:
+            ValueError: if there are not as many translations as texts.
+        """
+        if len(texts) != len(translations):
+            raise ValueError(
+                f"Expected argument `translations` to have one for each of {len(texts)} texts but got "
+                f"{len(translations)}."
+            )
+        scores = []
+        for start in range(0, len(texts), batch_size):
+            part = slice(start, start + batch_size)
+            source, target = self._sources(texts[part]), self._targets(translations[part])
+            with evaluating(self):
+                logs = self(source, target[:, :-1]).double().log_softmax(dim=-1)
+            labels = target[:, 1:]
+            chosen = logs.gather(2, labels.unsqueeze(2)).squeeze(2).masked_fill(labels == PAD, 0.0)
+            scores.append(chosen.sum(dim=1).cpu())
+        return torch.cat(scores) if scores else torch.zeros(0, dtype=torch.float64)
+
+    def translate_file(self, source: str | os.PathLike[str], target: str | os.PathLike[str] | None = None) -> None:
+        """Translate a text file line by line; without ``target``, to standard output."""
+        lines = Path(source).read_text(encoding="utf-8").split("\n")
+        lines = lines[:-1] if lines[-1] == "" else lines
+        written = "".join(f"{line}\n" for line in self.translate([line.rstrip("\r") for line in lines]))
+        if target is None:
+            sys.stdout.write(written)
+        else:
+            Path(target).write_text(written, encoding="utf-8")
+
+    def plot_attention(self, text: str, translation: str | None = None, layer: int = -1) -> "Figure":
+        """Where the decoder looks in the source: a layer's cross-attention, the mean over its heads.
+
+        Args:
+            text: of the source language.
+            translation: of it; None for the module's own.
+            layer: of the decoder; the last by default.
+        """
+        from matplotlib.figure import Figure
+
+        if translation is None:
+            (translation,) = self.translate([text])
+        source, target = self._sources([text]), self._targets([translation])
+        with evaluating(self):
+            weights = self.network.attention(source, target[:, :-1])[layer, 0].mean(dim=0).float().cpu()
+        sources, targets = self._vocabularies()
+        figure = Figure(figsize=(2 + 0.3 * weights.shape[1], 2 + 0.3 * weights.shape[0]), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(weights.shape[1]), sources.pieces(source[0].tolist()), rotation=90)
+        axes.set_yticks(range(weights.shape[0]), targets.pieces(target[0, 1:].tolist()))
+        return figure
+
+    def _found(
+        self,
+        texts: Sequence[str],
+        beam_size: int | None,
+        length_penalty: float | None,
+        n_best: int,
+        batch_size: int,
+    ) -> list[list[tuple[str, float]]]:
+        """Texts and scores of the best hypotheses, from batches of like lengths."""
+        if batch_size < 1:
+            raise ValueError(f"Expected argument `batch_size` to be at least 1 but got {batch_size}.")
+        encoded = self._encode(self._vocabularies()[0], texts)
+        order = sorted((i for i, tokens in enumerate(encoded) if len(tokens) > 1), key=lambda i: -len(encoded[i]))
+        found: list[list[tuple[str, float]]] = [[] for _ in texts]
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            source = pad([encoded[i] for i in part]).to(self.device)
+            with evaluating(self):
+                results = self._search(source, beam_size, length_penalty, n_best)
+            for i, hypotheses in zip(part, results, strict=True):
+                found[i] = [(self._text(one), one.score) for one in hypotheses]
+        return found
+
+    def _search(
+        self, source: Tensor, beam_size: int | None = None, length_penalty: float | None = None, n_best: int = 1
+    ) -> list[list[Hypothesis]]:
+        size = self.beam_size if beam_size is None else beam_size
+        exponent = self.length_penalty if length_penalty is None else length_penalty
+        limits = self._limits(source)
+        if size == 1 and n_best == 1:  # the same hypotheses as a beam of one, for less
+            return [[found] for found in greedy_search(self.network, source, limits)]
+        return beam_search(self.network, source, limits, size, exponent, n_best)
+
+    def _limits(self, source: Tensor) -> Tensor:
+        return ((source != PAD).sum(dim=1) * self.max_length_ratio).long() + 10
+
+    def _vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
+        if self.vocabularies is None:
+            raise RuntimeError(
+                "Expected `vocabularies` to be known, from a checkpoint, a fit or by hand, before text is read or "
+                "written but got None."
+            )
+        return self.vocabularies
+
+    def _encode(self, vocabulary: Vocabulary, texts: Iterable[str]) -> list[list[int]]:
+        return [[*vocabulary.encode(text), EOS] for text in texts]
+
+    def _sources(self, texts: Iterable[str]) -> Tensor:
+        return pad(self._encode(self._vocabularies()[0], texts)).to(self.device)
+
+    def _targets(self, texts: Iterable[str]) -> Tensor:
+        encoded = self._encode(self._vocabularies()[1], texts)
+        return pad([[BOS, *tokens] for tokens in encoded]).to(self.device)
+
+    def _text(self, hypothesis: Hypothesis) -> str:
+        return self._vocabularies()[1].decode(hypothesis.tokens)
