@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from lightning_rectify._lightning import BasePredictionWriter, Callback, LightningModule, Trainer
+from lightning_rectify._lightning import Callback, LightningModule, Trainer
 from lightning_rectify.callbacks._logs import CsvFile, is_dry, run_folder, writers
 from lightning_rectify.callbacks._sharded import refuse_sharded
 from lightning_rectify.callbacks.average import replacing
@@ -37,7 +37,7 @@ class Translating(Protocol):
         """One translation a text, in order; without communication between processes."""
 
 
-class TranslationWriter(BasePredictionWriter):
+class TranslationWriter(Callback):
     """Writes the translations that ``Trainer.predict`` makes, one a line, in the order of the input.
 
     ``predict_step`` returns one text a sentence of its batch, and ``batch.index`` says which line of the input each
@@ -46,8 +46,7 @@ class TranslationWriter(BasePredictionWriter):
     spaces. A ``fast_dev_run`` writes nothing.
 
     Args:
-        output: file to write, in UTF-8, or "-" for standard output (where Lightning's progress bar goes as well:
-            ``enable_progress_bar=False`` keeps it clean).
+        output: file to write, in UTF-8, or "-" for standard output, from which it keeps the progress bar away.
 
     Raises:
         ValueError: if ``output`` is empty; if ``predict_step`` returns anything but one text a sentence; with several
@@ -60,9 +59,14 @@ class TranslationWriter(BasePredictionWriter):
     def __init__(self, output: str | Path = "-") -> None:
         if not str(output):
             raise ValueError(f"Expected argument `output` to be a path or '-' (standard output) but got {output!r}.")
-        super().__init__(write_interval="batch")
         self.output = output
         self._lines: list[tuple[int, str]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave standard output to the translations."""
+        bar = trainer.progress_bar_callback
+        if stage == "predict" and str(self.output) == "-" and bar is not None:
+            bar.disable()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
@@ -70,26 +74,25 @@ class TranslationWriter(BasePredictionWriter):
             raise ValueError(f"Expected the prediction of TranslationWriter to have one dataloader but got {count}.")
         self._lines = []
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
+        outputs: Any,
         batch: TranslationBatch,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep one batch."""
         index = batch.index.tolist()
-        good = isinstance(prediction, (list, tuple)) and all(isinstance(text, str) for text in prediction)
-        if not good or len(prediction) != len(index):
-            got = f"{len(prediction)} texts" if good else f"{type(prediction).__name__} of other things"
+        good = isinstance(outputs, (list, tuple)) and all(isinstance(text, str) for text in outputs)
+        if not good or len(outputs) != len(index):
+            got = f"{len(outputs)} texts" if good else f"{type(outputs).__name__} of other things"
             raise ValueError(
                 "Expected what `predict_step` returns for TranslationWriter to be a list of texts, one for each of the "
                 f"{len(index)} sentences of the batch, but got {got}."
             )
-        self._lines += zip(index, prediction, strict=True)
+        self._lines += zip(index, outputs, strict=True)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather what all processes have, and write it."""
