@@ -145,16 +145,15 @@ def run(cell: Cell, dataset: str, root: str, work: Path, batch_tokens: int) -> d
             accelerator="cpu", devices=1, max_steps=cell.updates + how.frozen, max_epochs=-1, precision=cell.precision,
             gradient_clip_val=25, use_distributed_sampler=False, callbacks=[curve, monitor], default_root_dir=folder,
             logger=csv_logger(folder), enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, limit_val_batches=0, log_every_n_steps=50,
+            enable_model_summary=False, limit_val_batches=0, log_every_n_steps=50, num_sanity_val_steps=0,
         )  # fmt: skip
         trainer.fit(module, data)
         points = read_points(next(Path(folder).rglob("adaptive_rate.csv")), how.frozen)
-    final = trainer.validate(module, data, verbose=False)[0]
+        trainer.limit_val_batches = 1.0
+        final = trainer.validate(module, data, verbose=False)[0]
     nll = curve.nll[how.frozen :]
     row: dict[str, Any] = {**asdict(cell), "nll": nll, "last_20_nll": statistics.fmean(nll[-20:]), "points": points}
-    row["collapse_alarm"] = any(alarm == "collapse" for _, alarm in monitor.alarms | {}) or any(
-        alarm == "collapse" for alarm, _ in monitor.alarms
-    )
+    row["collapse_alarm"] = ("collapse", "model") in monitor.alarms
     row["val"] = {name: round(float(value), 4) for name, value in final.items()}
     row["cpu_seconds"] = round(time.process_time() - begin, 1)
     (work / f"{dataset}_{cell.name}.json").write_text(json.dumps(row))
