@@ -146,14 +146,18 @@ def spectral_cost(result: Result) -> str:
 
 
 def spectral_gan(dataset: str, metric: str, scale: float) -> Callable[[Result], str]:
-    """A renderer of one metric on one data set: controls down, widths across, mean and half width of the interval."""
+    """A renderer of one metric on one data set: controls down, widths across, mean and 95 % interval."""
 
     def cell(row: Result | None) -> str:
         if row is None or row[metric] is None:
             return ""
-        half = row[f"{metric}_half_width"]
-        bad = f" ({row['diverged']} of {row['runs']} diverged)" if row["diverged"] else ""
-        return f"{scale * row[metric]:.1f}{'' if half is None else f' ± {scale * half:.1f}'}{bad}"
+        low, high = row[f"{metric}_low"], row[f"{metric}_high"]
+        bad = f", {row['diverged']} of {row['runs']} diverged" if row["diverged"] else ""
+        between = "" if low is None else f" ({short(scale * low)} to {short(scale * high)})"
+        return f"{short(scale * row[metric])}{between}{bad}"
+
+    def short(value: float) -> str:
+        return f"{value:.{1 if abs(value) < 100 else 0}f}" if abs(value) < 1e5 else f"{value:.0e}"
 
     def render(result: Result) -> str:
         lines = [row for row in result["table"] if row["dataset"] == dataset]
@@ -171,6 +175,65 @@ def spectral_gan(dataset: str, metric: str, scale: float) -> Callable[[Result], 
     return render
 
 
+def translation_warmup(result: Result) -> str:
+    updates = sorted({int(key[4:]) for row in result["table"] for key in row if key.startswith("nll_")})
+
+    def cell(values: Sequence[float] | None) -> str:
+        return "" if values is None else "{:.2f} ({:.2f} to {:.2f})".format(*values)
+
+    return table(
+        ["network, lr, precision", "optimizer", *(f"loss at update {update}" for update in updates), "alarm"],
+        (
+            [
+                "{depth}+{depth} × {width}, {norm}-norm, {lr:g}, {precision}".format(**row),
+                row["optimizer"],
+                *(cell(row.get(f"nll_{update}")) for update in updates),
+                f"{row['alarms']} of {row['runs']}",
+            ]
+            for row in result["table"]
+        ),
+    )
+
+
+def translation_bleu(result: Result) -> str:
+    def cell(values: Sequence[float], digits: int = 1) -> str:
+        return "{0:.{3}f} ({1:.{3}f} to {2:.{3}f})".format(*values, digits)
+
+    return table(
+        ["pair", "runs", "BLEU, test", "chrF, test", "length penalty", "training"],
+        (
+            [
+                row["pair"],
+                str(row["runs"]),
+                cell(row["test_bleu"], 2),
+                cell(row["test_chrf"], 2),
+                cell(row["length_penalty"]),
+                f"{row['train_seconds'][0] / 60:.0f} min",
+            ]
+            for row in result["table"]
+        ),
+    )
+
+
+def translation_speed(result: Result) -> str:
+    def times(row: Result, peer: str) -> str:
+        found = row.get(f"times_{peer}")
+        return "" if found is None else f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+    peers = ("joeynmt", "torch", "torch_bf16")
+    return table(
+        ["training", "target tokens/s", "× JoeyNMT", "× torch.nn.Transformer, fp32", "× the same, bf16"],
+        (
+            [
+                row["side"],
+                f"{row['tokens_per_second']:.0f}",
+                *(times(row, p) for p in ("joeynmt", "torch", "torch_bf16")),
+            ]
+            for row in result["rows"]
+        ),
+    )
+
+
 RENDERERS: dict[str, Callable[[Result], str]] = {
     "optimizer_step": optimizer_step,
     "monitor_cost": monitor_cost,
@@ -179,6 +242,9 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "lr_sensitivity.spread": lr_sensitivity_spread,
     "variance_simulation": variance_simulation,
     "spectral_cost": spectral_cost,
+    "translation_warmup": translation_warmup,
+    "translation_bleu": translation_bleu,
+    "translation_speed": translation_speed,
     "spectral_gan.fashion_mnist_kid": spectral_gan("fashion_mnist", "kid", 1000),
     "spectral_gan.fashion_mnist_fd": spectral_gan("fashion_mnist", "fd", 1),
     "spectral_gan.cifar10_kid": spectral_gan("cifar10", "kid", 1000),

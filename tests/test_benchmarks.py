@@ -69,11 +69,12 @@ def test_narrow_discriminator_study_runs_goes_on_and_is_rendered(results: Path, 
         (control, seed) for control in ("plain", "8 d_optimal") for seed in (1, 2)
     ]
     plain, _ = result["table"]
-    assert plain["kid"] == pytest.approx(sum(row["kid"] for row in result["rows"][:2]) / 2, rel=1e-12)
-    # Two values: Student's t of one degree of freedom, 12.706, times half their distance.
-    assert plain["kid_half_width"] == pytest.approx(
-        12.706 * abs(result["rows"][0]["kid"] - result["rows"][1]["kid"]) / 2, rel=1e-9
-    )
+    first_kid, second_kid = (row["kid"] for row in result["rows"][:2])
+    assert plain["kid"] == pytest.approx((first_kid * second_kid) ** 0.5, rel=1e-12)
+    # Two values: Student's t of one degree of freedom, 12.706, times half their distance, on logarithms.
+    ratio = max(first_kid / second_kid, second_kid / first_kid) ** (12.706 / 2)
+    assert plain["kid_high"] == pytest.approx(plain["kid"] * ratio, rel=1e-9)
+    assert plain["kid_low"] == pytest.approx(plain["kid"] / ratio, rel=1e-9)
     largest = {max(values) for values in result["rows"][2]["spectra"].values()}
     assert largest
     assert all(value == pytest.approx(1, abs=0.02) for value in largest)  # normalized, but for U and V

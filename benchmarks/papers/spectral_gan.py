@@ -207,7 +207,7 @@ def spectra(gan: SpectralGAN) -> dict[str, list[float]]:
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean over seeds with the 95 % interval of Student's t, for each data set, width and control."""
+    """Mean over seeds for each data set, width and control; of the two distances with an interval."""
     cells: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["dataset"], row["width"], row["control"]), []).append(row)
@@ -218,10 +218,25 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for metric in ("kid", "fd", "precision", "recall", "density", "coverage"):
             values = [row[metric] for row in group if metric in row]
             line[metric] = statistics.fmean(values) if values else None
-            spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-            line[f"{metric}_half_width"] = None if spread is None else T_95[len(values) - 1] * spread
+            if metric in ("kid", "fd"):
+                line[metric], line[f"{metric}_low"], line[f"{metric}_high"] = interval(values)
         table.append(line)
     return table
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """Geometric mean and the 95 % interval of Student's t on logarithms: distances spread in proportion to their size.
+
+    Arithmetic where a value is not positive (an unbiased KID of good images can be negative).
+    """
+    if not values:
+        return None, None, None
+    positive = min(values) > 0
+    logs = [math.log(value) for value in values] if positive else list(values)
+    half = T_95[len(logs) - 1] * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
+    mean = statistics.fmean(logs)
+    low, middle, high = (math.exp(x) if positive else x for x in (mean - half, mean, mean + half))
+    return (middle, low, high) if len(values) > 1 else (middle, None, None)
 
 
 def _order(dataset: str, width: int, control: str) -> tuple[str, int, int]:
@@ -244,7 +259,10 @@ def plot(table: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: 
             axes[0][column].errorbar(
                 [line["width"] for line in lines],
                 [line["kid"] for line in lines],
-                [line["kid_half_width"] or 0 for line in lines],
+                [
+                    [line["kid"] - (line["kid_low"] or line["kid"]) for line in lines],
+                    [(line["kid_high"] or line["kid"]) - line["kid"] for line in lines],
+                ],
                 label=control, marker="o", capsize=3, color=colours[control],
             )  # fmt: skip
             widths = sorted({row["width"] for row in rows if row["dataset"] == dataset})
@@ -258,7 +276,8 @@ def plot(table: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: 
                         axes[1][column].plot(
                             places, values, color=colours[control], alpha=0.6, label=control if i == 0 else None
                         )
-        axes[0][column].set(title=dataset, xscale="log", yscale="log", xlabel="discriminator's width", ylabel="KID")
+        shift = "KID, geometric mean of the seeds and 95 % interval"
+        axes[0][column].set(title=dataset, xscale="log", yscale="log", xlabel="discriminator's width", ylabel=shift)
         axes[0][column].set_xticks(WIDTHS, [str(width) for width in WIDTHS], minor=False)
         axes[1][column].set(xlabel="place in the spectrum", ylabel=f"singular values at width {shown}", ylim=(0, 3))
     axes[0][0].legend(fontsize=8)

@@ -202,6 +202,49 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Curves of the loss, quantiles of the gradient and the variance of the adaptive rate; the paper's shape, seed 1.
+
+    Loss: mean over the last 20 updates, all seeds. Below, for the smallest seed: the band between the 5 % and the 95 %
+    quantile of abs(g) with its median, and the variance of the logarithm of the adaptive rate.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shapes = list(dict.fromkeys((r["width"], r["depth"], r["lr"], r["norm"], r["precision"]) for r in rows
+                                if r["updates"] <= 400 and r["norm"] == "post"))[:2]  # fmt: skip
+    figure, axes = plt.subplots(3, len(shapes), figsize=(6.5 * len(shapes), 10), squeeze=False, sharex=True)
+    colours = dict(zip(OPTIMIZERS, plt.get_cmap("tab10")(range(10)), strict=False))
+    for column, shape in enumerate(shapes):
+        seen: set[str] = set()
+        for row in sorted(rows, key=lambda row: row["seed"]):
+            if (row["width"], row["depth"], row["lr"], row["norm"], row["precision"]) != shape or row["updates"] > 400:
+                continue
+            colour, name = colours[row["optimizer"]], row["optimizer"]
+            nll = [statistics.fmean(row["nll"][max(0, i - 20) : i]) for i in range(1, len(row["nll"]) + 1)]
+            axes[0][column].plot(range(1, len(nll) + 1), nll, color=colour, lw=1, label=None if name in seen else name)
+            if name not in seen:
+                steps = [int(step) for step in row["points"]]
+                median, low, high, spread = (
+                    [point[key] for point in row["points"].values()]
+                    for key in ("gradient_median", "gradient_q05", "gradient_q95", "log_variance")
+                )
+                axes[1][column].plot(steps, median, color=colour, marker=".")
+                axes[1][column].fill_between(steps, low, high, color=colour, alpha=0.1)
+                axes[2][column].plot(steps, spread, color=colour, marker=".")
+            seen.add(name)
+        width, depth, lr, _, precision = shape
+        title = f"{depth}+{depth} layers, width {width}, lr {lr:g}, {precision}"
+        axes[0][column].set(title=title, ylabel="training loss, nats a token", ylim=(3.5, 8))
+        axes[1][column].set(ylabel="abs(gradient), without embeddings", xscale="log", yscale="log")
+        axes[2][column].set(ylabel="Var[log adaptive rate]", xlabel="update")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def parse() -> argparse.Namespace:
     arguments = parser(__doc__, NAME)
     arguments.add_argument("--data", help="folder that holds multi30k or libreoffice-help-de-en")
@@ -245,6 +288,7 @@ def main() -> None:
     settings = {"dataset": dataset, "batch_tokens": batch_tokens, "vocabulary": 8000, "dropout": 0.1, "clip": 25}
     machine = {**environment(packages=("torchmetrics", "sentencepiece")), "threads": 1}
     write_result(path, NAME, settings, rows, table=summarize(rows), environment=machine)
+    plot(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
