@@ -227,7 +227,7 @@ def translation_speed(result: Result) -> str:
             [
                 row["side"],
                 f"{row['tokens_per_second']:.0f}",
-                *(times(row, p) for p in ("joeynmt", "torch", "torch_bf16")),
+                *(times(row, peer) for peer in peers),
             ]
             for row in result["rows"]
         ),

@@ -39,6 +39,10 @@ class Hypothesis:
     log_probability: float
     score: float
 
+    def rescored(self, length_penalty: float) -> "Hypothesis":
+        """The same one with the score of another length penalty."""
+        return _hypothesis(self.tokens, self.log_probability, length_penalty)
+
 
 def _next_log_probabilities(logits: Tensor) -> Tensor:
     """Natural logarithms, float32 or better; a sentence has no padding and begins once."""
@@ -127,14 +131,15 @@ def _one_by_one(network: StepNetwork, source: Tensor, limits: list[int], choose:
     """One path a source; sentences that have ended leave the batch."""
     alive = torch.arange(len(source), device=source.device)
     limit = torch.tensor(limits, device=source.device)
-    sums = torch.zeros(len(source), device=source.device, dtype=torch.float64)
+    wide = torch.float32 if source.device.type == "mps" else torch.float64  # it has no float64
+    sums = torch.zeros(len(source), device=source.device, dtype=wide)
     written = torch.zeros(len(source), max(limits), dtype=torch.int64, device=source.device)
     state = network.start(source)
     tokens = torch.full_like(alive, BOS)
     for place in range(max(limits)):
         logs = _next_log_probabilities(network.step(tokens, state))
         tokens = choose(logs).masked_fill(limit[alive] == place + 1, EOS)
-        sums[alive] += logs.gather(1, tokens[:, None]).squeeze(1).double()
+        sums[alive] += logs.gather(1, tokens[:, None]).squeeze(1).to(wide)
         written[alive, place] = tokens
         goes_on = (tokens != EOS).nonzero().squeeze(1)
         if len(goes_on) == 0:

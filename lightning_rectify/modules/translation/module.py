@@ -212,7 +212,7 @@ class Translator(RectifiedModule):
         tokens = int(count)
         self.log("train/loss", loss.detach() / tokens, prog_bar=True, batch_size=tokens)
         self.log("train/nll", nll / tokens, batch_size=tokens)
-        return loss * self._share(count)
+        return loss * self.trainer.world_size / self._tokens_of_first_batch(count)
 
     def _losses(self, batch: TranslationBatch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over the target's tokens of the loss and of the negative log-likelihood, and their number."""
@@ -223,18 +223,17 @@ class Translator(RectifiedModule):
         loss, nll = linear_cross_entropy(hidden, self.network.output_weight, labels[real], label_smoothing)
         return loss, nll, real.sum()
 
-    def _share(self, count: Tensor) -> Tensor:
-        """What a sum over tokens is multiplied with, so that the step's gradient is the mean over all of them.
+    def _tokens_of_first_batch(self, count: Tensor) -> Tensor:
+        """What a sum over tokens is divided by, so that the step's gradient is the mean over all of them.
 
         Ranks and accumulated batches are averaged by Lightning as if each had as many tokens. All batches of a step are
         therefore divided by one number, the first one's tokens on all ranks, and the gradient is put right at the end.
         """
-        count = count.double()
         if self.trainer.world_size > 1:
-            count = self.trainer.strategy.reduce(count, reduce_op="sum")
+            count = self.trainer.strategy.reduce(count.clone(), reduce_op="sum")  # int64, and in place
         first, all_ = self._window if self._window is not None else (count, torch.zeros_like(count))
         self._window = first, all_ + count
-        return self.trainer.world_size / first
+        return first
 
     def on_before_optimizer_step(self, optimizer: "Optimizer") -> None:
         """From tokens of the first batch to tokens of all accumulated ones."""
@@ -243,7 +242,7 @@ class Translator(RectifiedModule):
         batches = self.trainer.accumulate_grad_batches
         if batches > 1:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(gradients, float(batches * first / all_))
+            torch._foreach_mul_(gradients, batches * int(first) / int(all_))
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -264,8 +263,10 @@ class Translator(RectifiedModule):
         self._log_metrics("test", self.test_metrics)
 
     def predict_step(self, batch: TranslationBatch, batch_idx: int, dataloader_idx: int = 0) -> list[str]:
-        """A translation of each sentence of the batch."""
-        return [self._text(found[0]) for found in self._search(batch.source)]
+        """A translation of each sentence of the batch; an empty one has an empty translation."""
+        empty = (batch.source[:, 0] == EOS).tolist()
+        results = zip(empty, self._search(batch.source), strict=True)
+        return ["" if nothing else self._text(found[0]) for nothing, found in results]
 
     def _evaluate(self, batch: TranslationBatch, metrics: TranslationMetrics, beam_size: int) -> None:
         _, nll, count = self._losses(batch)
@@ -335,6 +336,8 @@ class Translator(RectifiedModule):
         seed: int = 0,
     ) -> list[tuple[str, float]]:
         """A translation of each text drawn at random, with its log-probability; see ``decoding.sample``."""
+        if not texts:
+            return []
         source = self._sources(texts)
         generator = torch.Generator(self.device).manual_seed(seed)
         with evaluating(self):
@@ -345,8 +348,9 @@ class Translator(RectifiedModule):
         """Log-probability (natural logarithm) of each translation given its text, float64, shape (N,).
 
         Raises:
-            ValueError: if there are not as many translations as texts.
+            ValueError: if there are not as many translations as texts, or for a ``batch_size`` below 1.
         """
+        _check_batch_size(batch_size)
         if len(texts) != len(translations):
             raise ValueError(
                 f"Expected argument `translations` to have one for each of {len(texts)} texts but got "
@@ -357,21 +361,23 @@ class Translator(RectifiedModule):
             part = slice(start, start + batch_size)
             source, target = self._sources(texts[part]), self._targets(translations[part])
             with evaluating(self):
-                logs = self(source, target[:, :-1]).double().log_softmax(dim=-1)
+                logits = self(source, target[:, :-1])
+            logs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(dim=-1)
             labels = target[:, 1:]
             chosen = logs.gather(2, labels.unsqueeze(2)).squeeze(2).masked_fill(labels == PAD, 0.0)
-            scores.append(chosen.sum(dim=1).cpu())
+            scores.append(chosen.cpu().double().sum(dim=1))  # not all devices have float64
         return torch.cat(scores) if scores else torch.zeros(0, dtype=torch.float64)
 
     def translate_file(self, source: str | os.PathLike[str], target: str | os.PathLike[str] | None = None) -> None:
         """Translate a text file line by line; without ``target``, to standard output."""
-        lines = Path(source).read_text(encoding="utf-8").split("\n")
+        # Bytes: as text, a carriage return inside a line would end it.
+        lines = Path(source).read_bytes().decode("utf-8").split("\n")
         lines = lines[:-1] if lines[-1] == "" else lines
         written = "".join(f"{line}\n" for line in self.translate([line.rstrip("\r") for line in lines]))
         if target is None:
             sys.stdout.write(written)
         else:
-            Path(target).write_text(written, encoding="utf-8")
+            Path(target).write_bytes(written.encode("utf-8"))
 
     def plot_attention(self, text: str, translation: str | None = None, layer: int = -1) -> "Figure":
         """Where the decoder looks in the source: a layer's cross-attention, the mean over its heads.
@@ -391,7 +397,7 @@ class Translator(RectifiedModule):
         sources, targets = self._vocabularies()
         figure = Figure(figsize=(2 + 0.3 * weights.shape[1], 2 + 0.3 * weights.shape[0]), layout="constrained")
         axes = figure.subplots()
-        axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+        axes.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1)
         axes.set_xticks(range(weights.shape[1]), sources.pieces(source[0].tolist()), rotation=90)
         axes.set_yticks(range(weights.shape[0]), targets.pieces(target[0, 1:].tolist()))
         return figure
@@ -405,8 +411,7 @@ class Translator(RectifiedModule):
         batch_size: int,
     ) -> list[list[tuple[str, float]]]:
         """Texts and scores of the best hypotheses, from batches of like lengths."""
-        if batch_size < 1:
-            raise ValueError(f"Expected argument `batch_size` to be at least 1 but got {batch_size}.")
+        _check_batch_size(batch_size)
         encoded = self._encode(self._vocabularies()[0], texts)
         order = sorted((i for i, tokens in enumerate(encoded) if len(tokens) > 1), key=lambda i: -len(encoded[i]))
         found: list[list[tuple[str, float]]] = [[] for _ in texts]
@@ -426,11 +431,13 @@ class Translator(RectifiedModule):
         exponent = self.length_penalty if length_penalty is None else length_penalty
         limits = self._limits(source)
         if size == 1 and n_best == 1:  # the same hypotheses as a beam of one, for less
-            return [[found] for found in greedy_search(self.network, source, limits)]
+            return [[found.rescored(exponent)] for found in greedy_search(self.network, source, limits)]
         return beam_search(self.network, source, limits, size, exponent, n_best)
 
     def _limits(self, source: Tensor) -> Tensor:
-        return ((source != PAD).sum(dim=1) * self.max_length_ratio).long() + 10
+        limits = ((source != PAD).sum(dim=1) * self.max_length_ratio).long() + 10
+        places = self.network.decoder.embedding.places
+        return limits if places is None else limits.clamp(max=places.num_embeddings)
 
     def _vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
         if self.vocabularies is None:
@@ -452,3 +459,8 @@ class Translator(RectifiedModule):
 
     def _text(self, hypothesis: Hypothesis) -> str:
         return self._vocabularies()[1].decode(hypothesis.tokens)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"Expected argument `batch_size` to be at least 1 but got {batch_size}.")
