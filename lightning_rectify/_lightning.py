@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         LightningCLI,
         LRSchedulerCallable,
         OptimizerCallable,
+        SaveConfigCallback,
     )
     from pytorch_lightning.loggers import Logger, TensorBoardLogger
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -59,6 +60,7 @@ else:
     _cli = import_module(f"{NAME}.cli")
     ArgsType, LightningCLI, LightningArgumentParser = _cli.ArgsType, _cli.LightningCLI, _cli.LightningArgumentParser
     LRSchedulerCallable, OptimizerCallable = _cli.LRSchedulerCallable, _cli.OptimizerCallable
+    SaveConfigCallback = _cli.SaveConfigCallback
 
 
 @contextmanager
@@ -107,6 +109,7 @@ __all__ = [
     "MisconfigurationException",
     "ModelCheckpoint",
     "OptimizerCallable",
+    "SaveConfigCallback",
     "TensorBoardLogger",
     "Trainer",
     "allow_unused_parameters",

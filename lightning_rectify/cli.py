@@ -2,10 +2,33 @@
 
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from lightning_rectify._lightning import ArgsType, LightningArgumentParser, LightningCLI
+import torch
+import yaml
+
+from lightning_rectify._lightning import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    LightningModule,
+    SaveConfigCallback,
+    Trainer,
+)
 from lightning_rectify.callbacks.adaptive_rate import AdaptiveRateMonitor
+from lightning_rectify.modules.base import CLASS_PATH
+
+
+class SaveConfigOfRun(SaveConfigCallback):
+    """Keeps the configuration in the run's own folder; without a logger there is none, and no file is written."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save, unless the folder would be the one that one stands in."""
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
 
 
 class RectifyCLI(LightningCLI):
@@ -16,6 +39,9 @@ class RectifyCLI(LightningCLI):
     ``strict``), and ``test_after_fit``. Optimizers and schedules are arguments of the module (``model.optimizer``), one
     a player, not of the command line.
 
+    ``--ckpt_path FILE`` brings the checkpoint's class and hyperparameters with it: they come after ``--config`` files
+    and before all other flags, so that a checkpoint alone is enough to test or predict, and a flag has the last word.
+
     Args:
         args: arguments in place of the command line's: a list of strings, or a nested dict.
         run: whether to run the subcommand; False only parses and instantiates.
@@ -24,8 +50,28 @@ class RectifyCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, run: bool = True, **kwargs: Any) -> None:
         # An optimizer of the command line's would replace the configure_optimizers of a game.
-        kwargs = {"auto_configure_optimizers": False, "seed_everything_default": 1} | kwargs
-        super().__init__(args=args, run=run, **kwargs)
+        defaults: dict[str, Any] = {
+            "auto_configure_optimizers": False,
+            "seed_everything_default": 1,
+            "save_config_callback": SaveConfigOfRun,
+        }
+        super().__init__(args=args, run=run, **(defaults | kwargs))
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, with the hyperparameters of the checkpoint that ``--ckpt_path`` names between files and flags."""
+        given: Any = sys.argv[1:] if args is None else args
+        commands = isinstance(given, list) and len(given) > 0 and given[0] in self.subcommands()
+        model = _model_of_checkpoint(given) if commands else None
+        if model is None:
+            super().parse_arguments(parser, args)
+            return
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "checkpoint.yaml"
+            file.write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
+            super().parse_arguments(parser, _behind_configs(list(map(str, given)), f"--config={file}"))
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning's own lets the checkpoint overrule flags, and needs one that a command line wrote."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the monitor's block and ``test_after_fit``."""
@@ -44,6 +90,43 @@ class RectifyCLI(LightningCLI):
             return
         saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best" if saved else None)
+
+
+def _model_of_checkpoint(args: Sequence[Any]) -> dict[str, Any] | None:
+    """Class and hyperparameters of the checkpoint that the arguments name; None if there is none that says them."""
+    path = None
+    for i, item in enumerate(map(str, args)):
+        if item.startswith("--ckpt_path="):
+            path = item.partition("=")[2]
+        elif item == "--ckpt_path" and i + 1 < len(args):
+            path = str(args[i + 1])
+    if path is None or not Path(path).is_file():
+        return None
+    saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    plain = dict(saved.get("hyper_parameters", {}))
+    plain.pop("_instantiator", None)
+    class_path = plain.pop("_class_path", saved.get(CLASS_PATH))
+    return None if class_path is None else {"class_path": class_path, "init_args": _yaml_plain(plain)}
+
+
+def _yaml_plain(value: Any) -> Any:
+    """The same without tuples, which YAML does not have."""
+    if isinstance(value, dict):
+        return {key: _yaml_plain(item) for key, item in value.items()}
+    return [_yaml_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _behind_configs(args: list[str], file: str) -> list[str]:
+    """The arguments with configuration files first (behind the subcommand), then ``file``, then the rest."""
+    configs, rest, items = [], [], iter(args[1:])
+    for item in items:
+        if item in ("--config", "-c"):
+            configs += [item, next(items, "")]
+        elif item.startswith(("--config=", "-c=")):
+            configs.append(item)
+        else:
+            rest.append(item)
+    return [args[0], *configs, file, *rest]
 
 
 def main(args: ArgsType = None) -> None:

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 import lightning_rectify
-from lightning_rectify._lightning import NAME
+from lightning_rectify import ImageClassifier, ImageData
+from lightning_rectify._lightning import NAME, Trainer
 from lightning_rectify.callbacks.adaptive_rate import AdaptiveRateWarning
 from lightning_rectify.cli import RectifyCLI, main
 from tests.helpers.training import differences, weights
@@ -261,6 +262,24 @@ def test_test_after_fit_prints_test_metrics(checkpoints, capsys):
         assert alone.trainer.callback_metrics["test/accuracy"].item() == after
     else:
         assert cli.trainer.ckpt_path is None  # the last weights
+
+
+def test_checkpoint_brings_class_and_arguments_between_files_and_flags():
+    """Of a fit in Python, which no command line has seen; no logger, so nothing is left in the folder either."""
+    fit = Trainer(max_steps=2, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu")
+    fit.fit(ImageClassifier(network_args={"width": 4}, label_smoothing=0.1), ImageData(train_size=128))
+    fit.save_checkpoint("python.ckpt")
+    quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.callbacks=[]"]
+    alone = RectifyCLI(["test", "--ckpt_path=python.ckpt", "--data=ImageData", *quiet])
+    assert type(alone.model) is ImageClassifier
+    assert alone.model.label_smoothing == 0.1
+    config = f"--config={CONFIG}"
+    assert RectifyCLI(["test", "--ckpt_path", "python.ckpt", config, *quiet]).model.label_smoothing == 0.1
+    flag = "--model.init_args.label_smoothing=0.3"
+    told = RectifyCLI(["test", flag, "--ckpt_path=python.ckpt", config, *quiet])
+    assert told.model.label_smoothing == 0.3
+    assert differences(weights(told.model), weights(alone.model)) == []
+    assert not list(Path.cwd().rglob("config.yaml"))
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])

@@ -13,6 +13,8 @@ from lightning_rectify._lightning import LightningModule, LRSchedulerCallable, O
 from lightning_rectify.optim.rectified_adam import RectifiedAdam
 
 _RANDOM_STATE = "lightning_rectify_random_state"
+#: Key of a checkpoint that names the module's class, for the command line.
+CLASS_PATH = "lightning_rectify_class_path"
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -113,7 +115,8 @@ class RectifiedModule(LightningModule):
         self.check_finite(loss, player="model")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the random state of every rank."""
+        """Add the random state of every rank, and the name of the class."""
+        checkpoint[CLASS_PATH] = f"{type(self).__module__}.{type(self).__qualname__}"
         states = self._random_states()
         if self.trainer.world_size > 1:
             states = {name: torch.as_tensor(self.all_gather(state)).cpu() for name, state in states.items()}
