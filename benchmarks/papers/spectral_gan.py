@@ -279,6 +279,7 @@ def plot(table: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: 
         shift = "KID, geometric mean of the seeds and 95 % interval"
         axes[0][column].set(title=dataset, xscale="log", yscale="log", xlabel="discriminator's width", ylabel=shift)
         axes[0][column].set_xticks(WIDTHS, [str(width) for width in WIDTHS], minor=False)
+        axes[0][column].tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes[1][column].set(xlabel="place in the spectrum", ylabel=f"singular values at width {shown}", ylim=(0, 3))
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
