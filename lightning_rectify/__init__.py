@@ -14,12 +14,15 @@ _PUBLIC = {
     "RectifiedAdam": "optim",
     "AdaptiveRateMonitor": "callbacks",
     "SpectrumMonitor": "callbacks",
+    "WarmupProbe": "callbacks",
     "RectifiedModule": "modules",
     "MinimaxModule": "modules",
     "ImageClassifier": "modules",
     "SpectralGAN": "modules",
+    "LanguageModel": "modules",
     "Translator": "modules",
     "ImageData": "data",
+    "TokenData": "data",
     "TranslationData": "data",
 }
 
@@ -27,20 +30,30 @@ __all__ = [
     "AdaptiveRateMonitor",
     "ImageClassifier",
     "ImageData",
+    "LanguageModel",
     "MinimaxModule",
     "RectifiedAdam",
     "RectifiedModule",
     "SpectralGAN",
     "SpectrumMonitor",
+    "TokenData",
     "TranslationData",
     "Translator",
+    "WarmupProbe",
     "__version__",
 ]
 
 if TYPE_CHECKING:
-    from lightning_rectify.callbacks import AdaptiveRateMonitor, SpectrumMonitor
-    from lightning_rectify.data import ImageData, TranslationData
-    from lightning_rectify.modules import ImageClassifier, MinimaxModule, RectifiedModule, SpectralGAN, Translator
+    from lightning_rectify.callbacks import AdaptiveRateMonitor, SpectrumMonitor, WarmupProbe
+    from lightning_rectify.data import ImageData, TokenData, TranslationData
+    from lightning_rectify.modules import (
+        ImageClassifier,
+        LanguageModel,
+        MinimaxModule,
+        RectifiedModule,
+        SpectralGAN,
+        Translator,
+    )
     from lightning_rectify.optim import RectifiedAdam
 
 

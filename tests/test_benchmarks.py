@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = ["optimizer_step", "monitor_cost", "lr_sensitivity", "variance_simulation", "spectral_cost"]
+SCRIPTS = ["optimizer_step", "monitor_cost", "lr_sensitivity", "variance_simulation", "spectral_cost", "probe_cost"]
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -26,15 +26,16 @@ ARROWS = {
     "__main__": {"cli"},
     DOOR: set(),
     "text": set(),
+    "words": set(),
     "optim": set(),
     "nn": set(),
-    "data": {"text", DOOR},
-    "modules": {"optim", "nn", "text", DOOR},
-    "callbacks": {"optim", "nn", "text", DOOR},
+    "data": {"text", "words", DOOR},
+    "modules": {"optim", "nn", "text", "words", DOOR},
+    "callbacks": {"optim", "nn", "text", "words", DOOR},
     "cli": {"optim", "nn", "data", "modules", "callbacks", DOOR},
 }
 # rooms that are plain torch
-ONLY = {"optim": {"torch", "numpy"}, "nn": {"torch", "numpy"}, "text": {"torch", "sentencepiece"}}
+ONLY = {"optim": {"torch", "numpy"}, "nn": {"torch", "numpy"}, "text": {"torch", "sentencepiece"}, "words": {"torch"}}
 
 
 def imports_of(source, module):

@@ -5,6 +5,7 @@ from lightning_rectify.callbacks.average import CheckpointAverage
 from lightning_rectify.callbacks.samples import SampleGrid, SampleWriter
 from lightning_rectify.callbacks.spectrum import SpectrumMonitor
 from lightning_rectify.callbacks.translations import TranslationSamples, TranslationWriter
+from lightning_rectify.callbacks.warmup_probe import WarmupProbe, WarmupProbeResult, probe_warmup
 
 __all__ = [
     "AdaptiveRateMonitor",
@@ -14,4 +15,7 @@ __all__ = [
     "SpectrumMonitor",
     "TranslationSamples",
     "TranslationWriter",
+    "WarmupProbe",
+    "WarmupProbeResult",
+    "probe_warmup",
 ]

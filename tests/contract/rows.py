@@ -11,8 +11,8 @@ from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rectify._lightning import LightningDataModule, LightningModule, seed_everything
-from lightning_rectify.data import ImageData, TranslationData
-from lightning_rectify.modules import ImageClassifier, MinimaxModule, SpectralGAN, Translator
+from lightning_rectify.data import ImageData, TokenData, TranslationData
+from lightning_rectify.modules import ImageClassifier, LanguageModel, MinimaxModule, SpectralGAN, Translator
 from lightning_rectify.modules.spectral_gan import RandomFeatures
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -131,6 +131,22 @@ class UserTranslator(Translator):
 
 
 class ResavingTranslator(UserTranslator):
+    """One that saves hyperparameters again, with an object among its own arguments."""
+
+    def __init__(self, head: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+
+class UserLanguageModel(LanguageModel):
+    """A user's subclass with an argument of its own."""
+
+    def __init__(self, extra: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.extra = extra
+
+
+class ResavingLanguageModel(UserLanguageModel):
     """One that saves hyperparameters again, with an object among its own arguments."""
 
     def __init__(self, head: nn.Module | None = None, **kwargs: Any) -> None:
@@ -388,6 +404,55 @@ ROWS = (
             ({"label_smoothing": 1.0}, r"`label_smoothing`.*\[0, 1\).*got 1.0"),
             ({"beam_size": 0}, "`beam_size`.*at least 1.*got 0"),
             ({"max_length_ratio": 0.0}, "`max_length_ratio`.*above 0.*got 0.0"),
+            ({"lr_scheduler_interval": "day"}, "`lr_scheduler_interval`.*'step' or 'epoch'.*got 'day'"),
+        ),
+    ),
+    Row(
+        stem="language_model",
+        module=LanguageModel,
+        module_args={
+            "vocab_size": 60,
+            "embedding_size": 16,
+            "hidden_size": 32,
+            "dropout": 0.0,
+            "cutoffs": [20, 40],
+        },
+        noise_args={"dropout": 0.3},
+        data=TokenData,
+        # 32 streams, however many a batch has: half batches take turns, and two of them are a window of all.
+        data_args={"train_size": 192, "val_size": 100, "vocab_size": 60, "streams": 32, "bptt": 6},
+        batch_size=32,
+        quick_cli=(
+            "--model.init_args.vocab_size=60",
+            "--model.init_args.embedding_size=16",
+            "--model.init_args.hidden_size=32",
+            "--model.init_args.cutoffs=[20,40]",
+            "--data.init_args.train_size=192",
+            "--data.init_args.val_size=100",
+            "--data.init_args.vocab_size=60",
+            "--data.init_args.batch_size=32",
+            "--data.init_args.bptt=6",
+        ),
+        metric="val/loss",
+        higher=False,
+        margin=1.0,
+        learn_args={"train_size": 1024, "val_size": 100},
+        epochs=6,
+        players={"model": ("optimizer", 1), "embedding": ("optimizer", 1), "softmax": ("optimizer", 1)},
+        networks=("network.recurrent", "network.softmax"),
+        exported="network",
+        subclasses={"extra argument": UserLanguageModel, "saves again": ResavingLanguageModel},
+        bad_arguments=(
+            ({"vocab_size": 2}, "`vocab_size`.*at least 3.*got 2"),
+            ({"embedding_size": 0}, "`embedding_size`.*at least 1.*got 0"),
+            ({"hidden_size": 0}, "`hidden_size`.*at least 1.*got 0"),
+            ({"layers": 0}, "`layers`.*at least 1.*got 0"),
+            ({"dropout": 1.0}, r"`dropout`.*\[0, 1\).*got 1.0"),
+            ({"cutoffs": []}, r"`cutoffs`.*one or more.*got \[\]"),
+            ({"cutoffs": [90, 40]}, r"`cutoffs`.*rising.*got \[90, 40\]"),
+            ({"cutoffs": [40, 154]}, r"`cutoffs`.*1 to 153.*got \[40, 154\]"),
+            ({"div_value": 0.5}, "`div_value`.*at least 1.*got 0.5"),
+            ({"div_value": 100.0}, "`div_value`.*at least one of 128 features.*got 100.0"),
             ({"lr_scheduler_interval": "day"}, "`lr_scheduler_interval`.*'step' or 'epoch'.*got 'day'"),
         ),
     ),
