@@ -270,7 +270,7 @@ def test_checkpoint_brings_class_and_arguments_between_files_and_flags():
     fit.fit(ImageClassifier(network_args={"width": 4}, label_smoothing=0.1), ImageData(train_size=128))
     fit.save_checkpoint("python.ckpt")
     quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.callbacks=[]"]
-    alone = RectifyCLI(["test", "--ckpt_path=python.ckpt", "--data=ImageData", *quiet])
+    alone = RectifyCLI(["test", "--ckpt_path=python.ckpt", "--data=lightning_rectify.ImageData", *quiet])
     assert type(alone.model) is ImageClassifier
     assert alone.model.label_smoothing == 0.1
     config = f"--config={CONFIG}"

@@ -1,7 +1,9 @@
 """Where callbacks leave what they have to show: the run's folder, TensorBoard, tables on disk."""
 
 import csv
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -68,6 +70,24 @@ def run_folder(trainer: Trainer) -> Path:
     if trainer.loggers:
         return log_folder(trainer.loggers[0], trainer.default_root_dir)
     return Path(trainer.default_root_dir)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to; it takes the place of ``path`` at the end, unless an exception comes.
+
+    Args:
+        path: a file that may be there already; its folder must be.
+
+    Yields:
+        The path to write to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class CsvFile:

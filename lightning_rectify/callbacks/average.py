@@ -1,8 +1,6 @@
 """The average of a run's last checkpoints, which translation papers report instead of the last weights."""
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from lightning_rectify._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_rectify.callbacks._logs import replacing
 
 AVERAGED_FROM = "lightning_rectify_averaged_from"
 
@@ -189,24 +188,6 @@ def average_checkpoints(paths: Sequence[str | Path], output: str | Path) -> Path
     with replacing(output) as temporary:
         torch.save(newest, temporary)
     return output
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to; it takes the place of ``path`` at the end, unless an exception comes.
-
-    Args:
-        path: a file that may be there already; its folder must be.
-
-    Yields:
-        The path to write to.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(file: Path) -> dict[str, Any]:

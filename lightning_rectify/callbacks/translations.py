@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_rectify._lightning import Callback, LightningModule, Trainer
-from lightning_rectify.callbacks._logs import CsvFile, is_dry, run_folder, writers
+from lightning_rectify.callbacks._logs import CsvFile, is_dry, replacing, run_folder, writers
 from lightning_rectify.callbacks._sharded import refuse_sharded
-from lightning_rectify.callbacks.average import replacing
 from lightning_rectify.nn.modes import evaluating
 from lightning_rectify.text import TranslationBatch, Vocabulary
 

@@ -139,8 +139,8 @@ class Translator(RectifiedModule):
         if isinstance(optimizer, RectifiedAdam) and self.lr_scheduler is None and beta2 < 0.99 and self.norm == "post":
             rank_zero_warn(
                 f"RectifiedAdam with beta2 = {beta2:g} holds the learning rate back for about {2 / (1 - beta2):.0f} "
-                "steps only. A Transformer of 6+6 layers with post-norm is not protected by that (with 0.98 it stalls; "
-                "with 0.999 it trains): use a larger beta2, or a warmup."
+                "steps only, which may be too short for a deep Transformer with post-norm: use a larger beta2 (0.999), "
+                "or a warmup."
             )
         return configured
 
