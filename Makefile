@@ -14,9 +14,11 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-## Train the classifier on scikit-learn's digits; leaves a TensorBoard page, a CSV and a PNG under runs/.
+## Train the classifier on scikit-learn's digits, then a translator on numbers and dates in words; each leaves a
+## TensorBoard page, a CSV and a PNG under runs/.
 demo: $(VENV)/.base
 	$(BIN)/lightning-rectify fit --config configs/classifier.yaml
+	$(BIN)/lightning-rectify fit --config configs/translation.yaml
 
 ## Lint, then every test that is not marked slow.
 test: lint

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from pytorch_lightning.loggers import Logger, TensorBoardLogger
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning.utilities.exceptions import _TunerExitException as EndFit
     from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 else:
 
@@ -50,7 +51,11 @@ else:
     BasePredictionWriter, ModelCheckpoint = _callbacks.BasePredictionWriter, _callbacks.ModelCheckpoint
     _loggers = import_module(f"{NAME}.loggers")
     Logger, TensorBoardLogger = _loggers.Logger, _loggers.TensorBoardLogger
-    MisconfigurationException = import_module(f"{NAME}.utilities.exceptions").MisconfigurationException
+    _exceptions = import_module(f"{NAME}.utilities.exceptions")
+    MisconfigurationException = _exceptions.MisconfigurationException
+    # Private, but it is how a callback ends ``fit`` before its first step without an error: Lightning's own finder of
+    # learning rates does (``LearningRateFinder(early_exit=True)``).
+    EndFit = _exceptions._TunerExitException
     _rank_zero = import_module(f"{NAME}.utilities.rank_zero")
     rank_zero_info, rank_zero_only, rank_zero_warn = (
         _rank_zero.rank_zero_info,

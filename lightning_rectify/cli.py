@@ -1,4 +1,4 @@
-"""The command line: ``lightning-rectify fit|validate|test|predict --config FILE``."""
+"""The command line: ``lightning-rectify fit|validate|test|predict|probe --config FILE``."""
 
 import os
 import sys
@@ -14,11 +14,13 @@ from lightning_rectify._lightning import (
     ArgsType,
     LightningArgumentParser,
     LightningCLI,
+    LightningDataModule,
     LightningModule,
     SaveConfigCallback,
     Trainer,
 )
 from lightning_rectify.callbacks.adaptive_rate import AdaptiveRateMonitor
+from lightning_rectify.callbacks.warmup_probe import WarmupProbe
 from lightning_rectify.modules.base import CLASS_PATH
 
 
@@ -31,13 +33,59 @@ class SaveConfigOfRun(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class ProbingTrainer(Trainer):
+    """A Trainer with one entry point more, the subcommand ``probe``."""
+
+    def probe(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        streams: int = 16,
+        steps: int = 100,
+        sample_size: int | None = 1024,
+        beta2: float | None = None,
+        tolerance: float = 2.0,
+        worse_than: float = 2.0,
+        accumulate: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Does this model need a warmup, and how long a one? Measured at its initial weights, without training.
+
+        Prints a table, and leaves it with CSV files, a figure and TensorBoard's pages in the run's folder.
+
+        Args:
+            model: what would be trained; its callbacks and the Trainer's have no part in it.
+            datamodule: its data; None if the model has loaders of its own.
+            streams: independent streams of minibatches, at least 2.
+            steps: length of each.
+            sample_size: coordinates sampled in each layer; null for all.
+            beta2: of the second moment; null for that of the optimizer.
+            tolerance: how many times its floor the variance of the adaptive rate may be, above 1.
+            worse_than: factor over the theory from which a layer needs more, above 1.
+            accumulate: batches that make one gradient; null for as many as in training.
+            seed: of streams and sample.
+
+        Raises:
+            ValueError: as :class:`lightning_rectify.WarmupProbe` does.
+        """
+        self.callbacks = [
+            WarmupProbe(
+                streams=streams, steps=steps, sample_size=sample_size, beta2=beta2, tolerance=tolerance,
+                worse_than=worse_than, accumulate=accumulate, seed=seed, stop=True,
+            )
+        ]  # fmt: skip
+        self.num_sanity_val_steps = 0
+        self.fit(model, datamodule=datamodule)
+
+
 class RectifyCLI(LightningCLI):
     """LightningCLI for any module and data class, the package's or a user's, named by import path.
 
     Beside Lightning's own, a configuration has two keys: ``adaptive_rate``, the arguments of
     :class:`AdaptiveRateMonitor` (which is always there; where it cannot work it says so and stays silent, unless
     ``strict``), and ``test_after_fit``. Optimizers and schedules are arguments of the module (``model.optimizer``), one
-    a player, not of the command line.
+    a player, not of the command line. Beside Lightning's subcommands there is ``probe``:
+    :meth:`ProbingTrainer.probe`.
 
     ``--ckpt_path FILE`` brings the checkpoint's class and hyperparameters with it: they come after ``--config`` files
     and before all other flags, so that a checkpoint alone is enough to test or predict, and a flag has the last word.
@@ -45,7 +93,7 @@ class RectifyCLI(LightningCLI):
     Args:
         args: arguments in place of the command line's: a list of strings, or a nested dict.
         run: whether to run the subcommand; False only parses and instantiates.
-        **kwargs: for LightningCLI.
+        **kwargs: for LightningCLI; a ``trainer_class`` must be a subclass of :class:`ProbingTrainer`.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True, **kwargs: Any) -> None:
@@ -54,8 +102,21 @@ class RectifyCLI(LightningCLI):
             "auto_configure_optimizers": False,
             "seed_everything_default": 1,
             "save_config_callback": SaveConfigOfRun,
+            "trainer_class": ProbingTrainer,
         }
-        super().__init__(args=args, run=run, **(defaults | kwargs))
+        options = defaults | kwargs
+        trainer_class = options["trainer_class"]
+        if isinstance(trainer_class, type) and not issubclass(trainer_class, ProbingTrainer):
+            raise TypeError(
+                "Expected argument `trainer_class` to be a subclass of lightning_rectify.cli.ProbingTrainer, for the "
+                f"subcommand probe, but got {trainer_class.__name__}."
+            )
+        super().__init__(args=args, run=run, **options)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``probe``."""
+        return {**LightningCLI.subcommands(), "probe": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with the hyperparameters of the checkpoint that ``--ckpt_path`` names between files and flags."""

@@ -282,7 +282,21 @@ def test_checkpoint_brings_class_and_arguments_between_files_and_flags():
     assert not list(Path.cwd().rglob("config.yaml"))
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_probe_measures_and_does_not_train():
+    cli = RectifyCLI(["probe", *without_fit(SMALL), "--streams=2", "--steps=8", "--beta2=0.99"])
+    assert cli.trainer.state.finished
+    assert cli.trainer.global_step == 0
+    (probe,) = cli.trainer.callbacks
+    assert probe.result.streams == 2
+    assert probe.result.players["model"].beta2 == 0.99
+    assert probe.result.players["model"].step.tolist() == list(range(1, 9))
+    folder = Path(cli.trainer.loggers[0].log_dir)
+    assert (folder / "warmup_probe.txt").read_text() == probe.result.table() + "\n"
+    assert (folder / "warmup_probe.csv").exists()
+    assert not list(folder.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "probe"])
 def test_config_serves_every_command(command):
     """One YAML, whatever the command: none of its keys is an error for any."""
     cli = RectifyCLI([command, *(SMALL if command == "fit" else without_fit(SMALL)), "--trainer.fast_dev_run=true"])

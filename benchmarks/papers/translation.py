@@ -86,11 +86,11 @@ def grid(group: str, seeds: Sequence[int], precision: str) -> list[Cell]:
     shapes: list[tuple[int, int, str, float, str, int, Sequence[str]]] = {
         "paper": [(256, 6, "post", 1e-3, precision, 400, every)],
         "paper_512": [(512, 6, "post", 3e-4, precision, 400, every[:5])],
-        "depth": [(256, depth, "post", 1e-3, precision, 400, two) for depth in (3, 4, 5)],
-        "lr": [(256, 6, "post", lr, precision, 400, two) for lr in (3e-4, 5e-4, 7e-4)],
+        "depth": [(256, depth, "post", 1e-3, precision, 200, two) for depth in (2, 3, 4, 5)],
+        "lr": [(256, 6, "post", lr, precision, 200, two) for lr in (3e-4, 5e-4, 7e-4)],
         "pre_norm": [(256, 6, "pre", 1e-3, precision, 400, two)],
         "fp32": [(256, 6, "post", 1e-3, "32-true", 400, two)],
-        "long": [(256, 6, "post", 1e-3, precision, 3300, ("Adam", "Adam, warmup 400", "RectifiedAdam"))],
+        "long": [(256, 6, "post", 1e-3, precision, 1650, ("Adam", "Adam, warmup 400", "RectifiedAdam"))],
     }[group]
     return [
         Cell(width, depth, norm, lr, optimizer, kind, updates, seed)
@@ -189,7 +189,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for key, group in cells.items():
         line: dict[str, Any] = {**dict(zip(keys, key, strict=True)), "runs": len(group)}
-        for update in (50, 100, 200, 400, 3300):
+        for update in (50, 100, 200, 400, 1650):
             values = [statistics.fmean(row["nll"][update - 20 : update]) for row in group if len(row["nll"]) >= update]
             if values:
                 line[f"nll_{update}"] = [statistics.fmean(values), min(values), max(values)]

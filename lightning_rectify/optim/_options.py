@@ -21,7 +21,7 @@ class Rule(NamedTuple):
     weight_decay: float
     decoupled: bool
     maximize: bool
-    skip_early: bool
+    early: str  # "momentum", "skip" or "adam"
     threshold: float
     rectifier: Order
 
@@ -37,7 +37,7 @@ def rule_of(group: dict[str, Any], dtype: torch.dtype) -> Rule:
         weight_decay=group["weight_decay"],
         decoupled=group["decoupled_weight_decay"],
         maximize=group["maximize"],
-        skip_early=group["early_phase"] == "skip",
+        early=group["early_phase"],
         threshold=group["threshold"],
         rectifier=group["rectifier"],
     )
@@ -61,9 +61,9 @@ def check_options(group: dict[str, Any]) -> None:
     if not 0.0 <= beta1 < 1.0:
         raise ValueError(f"Expected argument `betas[0]` to be in [0, 1) but got {beta1}.")
     check_rectifies(beta2, group["threshold"], group["rectifier"])
-    if group["early_phase"] not in ("momentum", "skip"):
+    if group["early_phase"] not in ("momentum", "skip", "adam"):
         raise ValueError(
-            f"Expected argument `early_phase` to be 'momentum' or 'skip' but got {group['early_phase']!r}."
+            f"Expected argument `early_phase` to be 'momentum', 'skip' or 'adam' but got {group['early_phase']!r}."
         )
     excluded = [name for name in ("foreach", "capturable", "differentiable") if group[name]]
     if group["fused"] and excluded:

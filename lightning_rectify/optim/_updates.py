@@ -56,10 +56,10 @@ def fused_update(tensors: Tensors, rule: Rule, step: float, rect: float) -> None
 
 
 def foreach_update(tensors: Tensors, rule: Rule, step: float, rect: float) -> None:
-    """A step, rectified (``rect > 0``) or early, by torch's multi-tensor operations."""
+    """A step, adaptive (``rect > 0``) or not, by torch's multi-tensor operations."""
     params, grads, exp_avgs, exp_avg_sqs, _ = tensors
     lr = float(rule.lr)
-    moves = rect > 0.0 or not rule.skip_early
+    moves = rect > 0.0 or rule.early != "skip"
     if rule.maximize:
         grads = list(torch._foreach_neg(grads))
     if rule.weight_decay and rule.decoupled and moves:
@@ -81,7 +81,7 @@ def foreach_update(tensors: Tensors, rule: Rule, step: float, rect: float) -> No
 
 def loop_update(tensors: Tensors, rule: Rule, step: float, rect: float) -> None:
     """The same step tensor by tensor; autograd may run through it, and ``rule.lr`` may be a tensor."""
-    moves = rect > 0.0 or not rule.skip_early
+    moves = rect > 0.0 or rule.early != "skip"
     for param, grad, exp_avg, exp_avg_sq in zip(*tensors[:4], strict=True):
         gradient = -grad if rule.maximize else grad
         if rule.weight_decay and rule.decoupled and moves:
@@ -107,8 +107,10 @@ def on_device_update(tensors: Tensors, rule: Rule) -> None:
     torch._foreach_add_(tensors.steps, 1.0)
     step = torch.stack(tensors.steps).double()
     rect = rectification(step, rule.beta2, threshold=rule.threshold, rectifier=rule.rectifier)
+    if rule.early == "adam":
+        rect = torch.where(rect > 0.0, rect, 1.0)
     adaptive = rect > 0.0
-    early = 0.0 if rule.skip_early else 1.0
+    early = 0.0 if rule.early == "skip" else 1.0
     step_size = (
         rule.lr / (1.0 - torch.exp(step * math.log(rule.beta1))) if rule.beta1 else rule.lr * torch.ones_like(step)
     )

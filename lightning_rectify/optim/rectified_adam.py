@@ -21,7 +21,7 @@ from lightning_rectify.optim._updates import (
 )
 from lightning_rectify.optim.variance import Order, sma_length
 
-EarlyPhase = Literal["momentum", "skip"]
+EarlyPhase = Literal["momentum", "skip", "adam"]
 
 
 class RectifiedRate(NamedTuple):
@@ -32,8 +32,9 @@ class RectifiedRate(NamedTuple):
         step: their step count t, after the step.
         rho: length of the simple average, rho_t.
         rectification: r_t; 0 in the early phase.
-        phase: "rectified", "momentum" or "skip".
-        effective_lr: what multiplies m_hat * psi (rectified: lr * r_t) or m_hat (momentum: lr); 0 for a skipped step.
+        phase: "rectified", "momentum", "skip" or "adam".
+        effective_lr: what multiplies m_hat * psi (rectified: lr * r_t; adam: lr) or m_hat (momentum: lr); 0 for a
+            skipped step.
         tensors: how many parameter tensors.
     """
 
@@ -79,7 +80,8 @@ class RectifiedAdam(torch.optim.RAdam):
             weight_decay * weight to the gradient (torch's default).
         early_phase: before the first rectified step, "momentum" takes plain bias-corrected momentum steps (the paper,
             torch), which scale with the gradient; "skip" moves nothing and decays nothing while both moments fill (the
-            authors' released default).
+            authors' released default); "adam" takes Adam's steps, whose variance is then infinite or large: the paper's
+            control experiment (appendix C, table 3), not for use.
         threshold: steps with :math:`\rho_t` above it are rectified; at least 4 ("exact": at least 2).
         rectifier: "first_order" (the paper's), or "exact": :math:`r_t` from the exact variance (ours), which damps the
             first rectified steps less (step 6: .0379 in place of .0258).
@@ -281,20 +283,21 @@ def _update(index: int, group: dict[str, Any], step: float, batch: Tensors, scal
         torch._foreach_div_(batch.grads, scale.to(batch.grads[0].device))
     rect = rectification_of(group, step)
     with working_copies(batch) as work:
-        # Unless the user chose a way, rectified steps are fused.
+        factor = 1.0 if rect == 0.0 and group["early_phase"] == "adam" else rect
+        # Unless the user chose a way, adaptive steps are fused.
         fused = group["fused"] or (group["fused"] is None and group["foreach"] is None and not group["differentiable"])
-        if rect > 0.0 and fused and fused_serves(work):
+        if factor > 0.0 and fused and fused_serves(work):
             update = fused_update
         elif group["differentiable"] or (group["foreach"] is False and not group["fused"]):
             update = loop_update
         else:
             update = foreach_update
-        update(work, rule_of(group, work.params[0].dtype), step, rect)
+        update(work, rule_of(group, work.params[0].dtype), step, factor)
     return _rate(index, group, step, rect, len(batch.params))
 
 
 def _rate(index: int, group: dict[str, Any], step: float, rect: float, tensors: int) -> RectifiedRate:
     phase = "rectified" if rect > 0.0 else group["early_phase"]
-    share = {"rectified": rect, "momentum": 1.0, "skip": 0.0}[phase]
+    share = {"rectified": rect, "momentum": 1.0, "skip": 0.0, "adam": 1.0}[phase]
     rho = sma_length(step, group["betas"][1])
     return RectifiedRate(index, int(step), rho, rect, phase, float(group["lr"]) * share, tensors)

@@ -418,6 +418,17 @@ def test_callback_writes_table_figure_and_csv():
     assert loss.value == pytest.approx(fit.callback_metrics["train/loss_epoch"].item(), rel=1e-6)  # float32
 
 
+def test_stop_ends_fit_before_a_step():
+    module = Digits()
+    before = copy.deepcopy(dict(module.state_dict()))
+    fit = trainer(max_steps=5, callbacks=[callback := WarmupProbe(streams=2, steps=4, stop=True)])
+    fit.fit(module, DataLoader(digits(), batch_size=64))  # without an error
+    assert fit.state.finished
+    assert fit.global_step == 0
+    assert callback.result.gradients == 8
+    assert differences(before, dict(module.state_dict())) == []
+
+
 def test_dry_and_resumed_runs():
     callback = WarmupProbe()
     trainer(fast_dev_run=True, callbacks=[callback]).fit(Digits(), DataLoader(digits(), batch_size=64))

@@ -14,7 +14,8 @@ from tests.contract.rows import CONFIGS, ROWS
 from tests.helpers.training import CSVLogger
 
 STEMS = sorted(CONFIGS.glob("*.yaml"))
-OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
+ABLATIONS = sorted(CONFIGS.glob("ablation/*.yaml"))
+OVERLAYS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path not in ABLATIONS)
 ON_THIS_MACHINE = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 PARSE = """
 import sys
@@ -62,6 +63,36 @@ def test_overlay_combines(path, overlay):
     # What the overlay does not speak of stays.
     assert both.trainer.max_epochs == alone.trainer.max_epochs
     assert both.config.model.as_dict() == alone.config.model.as_dict()
+
+
+@pytest.mark.parametrize("stem", ["classifier_cifar10", "language_model", "translation_iwslt14"])
+@pytest.mark.parametrize("overlay", ABLATIONS, ids=name_of)
+def test_ablation_changes_the_optimizer_and_the_schedule_alone(stem, overlay):
+    config = f"--config={CONFIGS / stem}.yaml"
+    alone = RectifyCLI([config, *ON_THIS_MACHINE], run=False)
+    both = RectifyCLI([config, f"--config={overlay}", *ON_THIS_MACHINE], run=False)
+    before, after = (cli.config.model.init_args.as_dict() for cli in (alone, both))
+    for name in ("lr", "betas", "weight_decay"):
+        assert before["optimizer"]["init_args"].get(name) == after["optimizer"]["init_args"].get(name)
+    own = ("optimizer", "lr_scheduler", "lr_scheduler_interval")
+    assert {**after, **{name: before[name] for name in own}} == before
+    made = both.model.configure_optimizers()
+    optimizer = made["optimizer"] if isinstance(made, dict) else made
+    adam = type(optimizer).__name__ == "Adam"
+    assert adam == overlay.stem.startswith("adam") or overlay.stem == "adam_2k"
+    assert (optimizer.param_groups[0]["eps"] == 1e-4) == (overlay.stem == "adam_eps")
+    assert (isinstance(made, dict) and "lr_scheduler" in made) == (after["lr_scheduler"] is not None)
+    assert ("warmup" in overlay.stem or "untuned" in overlay.stem) == (after["lr_scheduler"] is not None)
+
+
+@pytest.mark.parametrize("overlay", ABLATIONS, ids=name_of)
+def test_ablation_trains(overlay):
+    row = next(row for row in ROWS if row.stem == "language_model")
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--test_after_fit=false"]
+    options = [*row.quick_cli, *quiet, "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
+    cli = RectifyCLI(["fit", f"--config={row.config}", f"--config={overlay}", *options])
+    assert cli.trainer.global_step == row.batches
+    assert torch.isfinite(cli.trainer.callback_metrics[row.metric])
 
 
 @pytest.mark.parametrize("name", ["pytorch_lightning", "lightning.pytorch"])

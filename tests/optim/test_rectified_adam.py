@@ -61,7 +61,7 @@ def test_equals_torch_for_complex_parameters(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("early_phase", ["momentum", "skip"])
+@pytest.mark.parametrize("early_phase", ["momentum", "skip", "adam"])
 @pytest.mark.parametrize("rectifier", ["first_order", "exact"])
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("threshold", [4.0, 5.0])
@@ -114,9 +114,9 @@ def test_published_trajectories():
 
 @pytest.mark.parametrize("late", [0, 37])
 @pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("skip", [False, True])
-def test_compiled_step_equals_eager(late, decoupled, skip):
-    options = {"weight_decay": 0.01, "decoupled_weight_decay": decoupled, "early_phase": "skip" if skip else "momentum"}
+@pytest.mark.parametrize("early_phase", ["momentum", "skip", "adam"])
+def test_compiled_step_equals_eager(late, decoupled, early_phase):
+    options = {"weight_decay": 0.01, "decoupled_weight_decay": decoupled, "early_phase": early_phase}
     eager, compiled = RectifiedAdam(parameters(), **options), RectifiedAdam(parameters(), **options)
     torch._dynamo.reset()
     compiled.step = torch.compile(compiled.step, backend="aot_eager")

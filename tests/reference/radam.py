@@ -52,7 +52,7 @@ def radam(
     for step, gradient in enumerate(gradients, start=1):
         g = np.array(gradient, dtype=np.float64)
         rectified = rho(step, beta2) > threshold
-        moves = rectified or early_phase == "momentum"
+        moves = rectified or early_phase != "skip"
         if weight_decay and not decoupled:
             g = g + weight_decay * theta
         first = beta1 * first + (1 - beta1) * g
@@ -60,9 +60,9 @@ def radam(
         m_hat = first / (1 - beta1**step)
         if weight_decay and decoupled and moves:
             theta = theta - lr * weight_decay * theta
-        if rectified:
+        if rectified or early_phase == "adam":
             adaptive = math.sqrt(1 - beta2**step) / (np.sqrt(second) + eps)
-            theta = theta - lr * m_hat * rectification(step, beta2, rectifier) * adaptive
+            theta = theta - lr * m_hat * (rectification(step, beta2, rectifier) if rectified else 1.0) * adaptive
         elif moves:
             theta = theta - lr * m_hat
         path.append(theta.copy())

@@ -173,7 +173,7 @@ def _rectification(step: np.ndarray, block: Block) -> np.ndarray:
 
 
 def _share_of_rate(r: np.ndarray, block: Block) -> np.ndarray:
-    """What multiplies lr in the step: r_t, before it 1 (momentum) or 0 (skip); 1 without rectification."""
+    """What multiplies lr in the step: r_t, before it 1 (momentum, adam) or 0 (skip); 1 without rectification."""
     if block.rectifier is None:
         return np.ones_like(r)
     return np.where(r > 0.0, r, 0.0 if block.rectifier.early_phase == "skip" else 1.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_rectify._lightning import Callback, LightningDataModule, LightningModule, Trainer, rank_zero_info
+from lightning_rectify._lightning import Callback, EndFit, LightningDataModule, LightningModule, Trainer, rank_zero_info
 from lightning_rectify.callbacks._logs import is_dry, run_folder, writers
 from lightning_rectify.callbacks.warmup_probe.gradients import LossFunction
 from lightning_rectify.callbacks.warmup_probe.probe import ProbeOptions, lent, measure
@@ -114,7 +114,7 @@ class WarmupProbe(Callback):
         if trainer.is_global_zero and not is_dry(trainer) and not self._silent:
             self._write(trainer, self.result)
         if self.stop:
-            raise _ProbeFinished
+            raise EndFit
 
     def _write(self, trainer: Trainer, result: WarmupProbeResult) -> None:
         rank_zero_info(result.table())
@@ -123,10 +123,6 @@ class WarmupProbe(Callback):
         for writer in writers(trainer):
             writer.add_figure("warmup_probe/figure", result.plot(), 0)
             writer.add_text("warmup_probe/table", "\n".join(f"    {line}" for line in result.table().splitlines()), 0)
-
-
-class _ProbeFinished(Exception):
-    """Ends ``fit`` after the probe."""
 
 
 def probe_warmup(
@@ -180,12 +176,7 @@ def probe_warmup(
     callbacks = [*(options.pop("callbacks", None) or []), probe]
     with lent(module, datamodule), random_state(seed, _cuda_or_cpu(), [data]):
         trainer = Trainer(callbacks=callbacks, **options)
-        try:
-            trainer.fit(module, **given)
-        except _ProbeFinished:  # what fit would have done at its end
-            module.teardown("fit")
-            if datamodule is not None:
-                datamodule.teardown("fit")
+        trainer.fit(module, **given)
     if probe.result is None:
         raise ValueError("Expected argument `data` to have training batches but the Trainer skipped its training.")
     if folder is not None and trainer.is_global_zero:
