@@ -1,9 +1,10 @@
 """The RAdam paper's language model (Figure 4) in small: RectifiedAdam and Adam on MASC, against counts of words.
 
-Two LSTM layers with an adaptive softmax, truncated back-propagation with a carried state; RectifiedAdam and Adam with
-the same learning rate, several seeds. After each epoch the perplexity on the validation part, and at the end on the
-test part, with the weights of the best epoch. The bars are a unigram and a bigram model with add-k smoothing over the
-same vocabulary; k is the one that is best on the validation part.
+Two LSTM layers with an adaptive softmax, truncated back-propagation with a carried state; RectifiedAdam, Adam and the
+paper's ablations of it with the same learning rate, several seeds. After each epoch the perplexity on the validation
+part, and at the end on the test part, with the weights of the best epoch; of the first updates what
+``AdaptiveRateMonitor`` measured. The bars are a unigram and a bigram model with add-k smoothing over the same
+vocabulary; k is the one that is best on the validation part.
 
     python benchmarks/papers/language_model.py --data FOLDER [--jobs 2] [--seeds 1 2 3] [--dataset masc-lm]
 
@@ -31,19 +32,20 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ablation import OPTIMIZERS, csv_logger, draw_points, read_points
 from timing import ROOT, data_folder, environment, output_path, parser, write_result
 
-from lightning_rectify import RectifiedAdam
+from lightning_rectify import AdaptiveRateMonitor
 from lightning_rectify._lightning import Callback, ModelCheckpoint, Trainer, seed_everything
 from lightning_rectify.data import grammar
 from lightning_rectify.data.tokens import TokenData
 from lightning_rectify.modules.language_model import LanguageModel
-from lightning_rectify.optim.schedules import LinearDecay
+from lightning_rectify.optim import LinearDecay
 from lightning_rectify.words import END
 
 NAME = "language_model"
 FOLDERS = {"masc-lm": ("masc-lm", "."), "one_billion_words": ("one_billion_words", ".")}
-OPTIMIZERS: dict[str, Any] = {"Adam": torch.optim.Adam, "RectifiedAdam": RectifiedAdam}
+COMPARED = ("Adam", "Adam, warmup 400", "Adam-2k", "Adam-eps", "RectifiedAdam")
 SMOOTHINGS = [10.0 ** (power / 4) for power in range(-16, 5)]
 
 
@@ -84,7 +86,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.optimizer}_{self.lr:g}_s{self.seed}"
+        return f"{self.optimizer.replace(', ', '_').replace(' ', '')}_{self.lr:g}_s{self.seed}"
 
 
 class Curve(Callback):
@@ -121,12 +123,13 @@ def run(cell: Cell, setting: Setting, work: Path) -> dict[str, Any]:
     begin = time.process_time()
     data = setting.data(cell.seed)
     size = len(data.vocabulary)
+    how = OPTIMIZERS[cell.optimizer]
     steps = setting.epochs * len(data.train_dataloader())
     seed_everything(cell.seed, verbose=False)
     module = LanguageModel(
         size, setting.embedding_size, setting.hidden_size, dropout=setting.dropout, cutoffs=[size // 6, size // 2],
-        optimizer=partial(OPTIMIZERS[cell.optimizer], lr=cell.lr), lr_scheduler_interval="step",
-        lr_scheduler=partial(LinearDecay, total_steps=steps),
+        optimizer=partial(how.make, lr=cell.lr), lr_scheduler_interval="step",
+        lr_scheduler=partial(LinearDecay, total_steps=steps, warmup_steps=how.warmup),
     )  # fmt: skip
     folder, curve = work / f"{setting.dataset}_{cell.name}", Curve()
     checkpoint = partial(ModelCheckpoint, folder, enable_version_counter=False)
@@ -134,8 +137,8 @@ def run(cell: Cell, setting: Setting, work: Path) -> dict[str, Any]:
     best = checkpoint(filename="best", monitor="val/perplexity")
     trainer = Trainer(
         accelerator="cpu", devices=1, max_epochs=setting.epochs, gradient_clip_val=setting.clip,
-        callbacks=[curve, keep, best], default_root_dir=folder, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
+        callbacks=[curve, keep, best, AdaptiveRateMonitor()], default_root_dir=folder, logger=csv_logger(folder),
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
     )  # fmt: skip
     going_on = folder / "going_on.ckpt"
     trainer.fit(module, data, ckpt_path=going_on if going_on.exists() else None)
@@ -147,6 +150,7 @@ def run(cell: Cell, setting: Setting, work: Path) -> dict[str, Any]:
         "best_epoch": 1 + int(np.argmin(curve.val)),
         "val": curve.val,
         "train": curve.train,
+        "points": read_points(folder, how.frozen),
         "steps": trainer.global_step,
         "parameters": sum(p.numel() for p in module.parameters()),
         "cpu_seconds": round(time.process_time() - begin, 1),  # of the part that this process ran
@@ -199,11 +203,33 @@ def summarize(rows: Sequence[dict[str, Any]], bars: Sequence[dict[str, Any]]) ->
     return table
 
 
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Validation perplexity by epoch (all seeds), and what the monitor measured in the first updates (first seed)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    colours = dict(zip(OPTIMIZERS, plt.get_cmap("tab10")(range(10)), strict=False))
+    first = min(row["seed"] for row in rows)
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        name, label = row["optimizer"], row["optimizer"] if row["seed"] == first else None
+        axes[0].plot(range(1, len(row["val"]) + 1), row["val"], color=colours[name], lw=1, label=label)
+        if row["seed"] == first:
+            draw_points(axes[1:], row["points"], colours[name], label)
+    axes[0].set(xlabel="epoch", ylabel="validation perplexity", yscale="log")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
 def parse() -> argparse.Namespace:
     arguments = parser(__doc__, NAME)
     arguments.add_argument("--data", help="folder that holds masc-lm")
     arguments.add_argument("--dataset", choices=[*FOLDERS, "grammar"], default="masc-lm")
     arguments.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    arguments.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(COMPARED))
     arguments.add_argument("--lr", nargs="+", type=float, default=[2e-3])
     arguments.add_argument("--epochs", type=int, default=12)
     arguments.add_argument("--hidden", type=int, default=200, help="features of words and layers")
@@ -217,13 +243,13 @@ def main() -> None:
     path = output_path(NAME, args.out, args.quick)
     if args.quick:
         setting = Setting("grammar", "", 1, 16, 16, dropout=0.0, batch_size=10, epochs=1, train_size=400)
-        cells, work = [Cell(name, 1e-2, 1) for name in OPTIMIZERS], path.parent / NAME
+        cells, work = [Cell(name, 1e-2, 1) for name in ("Adam", "RectifiedAdam")], path.parent / NAME
     else:
         root = "" if args.dataset == "grammar" else data_folder(args.data, FOLDERS[args.dataset])
         small = {"min_count": 1, "dropout": 0.1} if args.dataset == "grammar" else {}
         sizes = {"embedding_size": args.hidden, "hidden_size": args.hidden, "epochs": args.epochs}
         setting, work = Setting(args.dataset, root, **{**sizes, **small}), args.work
-        cells = [Cell(name, lr, seed) for seed in args.seeds for lr in args.lr for name in OPTIMIZERS]
+        cells = [Cell(name, lr, seed) for seed in args.seeds for lr in args.lr for name in args.optimizers]
     work.mkdir(parents=True, exist_ok=True)
     rows, todo = [], []
     for cell in cells:
@@ -247,6 +273,7 @@ def main() -> None:
     least = {"least_possible_perplexity": grammar.best_perplexity()} if setting.dataset == "grammar" else {}
     machine = {**environment(packages=("torchmetrics",)), "threads": 1}
     write_result(path, NAME, settings, rows, bars=bars, table=summarize(rows, bars), environment=machine, **least)
+    plot(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

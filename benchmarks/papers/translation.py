@@ -11,7 +11,6 @@ Each run leaves a file below ``--work``, so that an interrupted study goes on.
 """
 
 import argparse
-import csv
 import json
 import statistics
 import sys
@@ -28,36 +27,14 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ablation import OPTIMIZERS, csv_logger, draw_points, read_points
 from timing import ROOT, data_folder, environment, output_path, parser, write_result
 
-from lightning_rectify import AdaptiveRateMonitor, RectifiedAdam, TranslationData, Translator
+from lightning_rectify import AdaptiveRateMonitor, TranslationData, Translator
 from lightning_rectify._lightning import Callback, Trainer, seed_everything
-from lightning_rectify.optim.frozen_start import FrozenStartAdam
-from lightning_rectify.optim.schedules import LinearWarmup
 
 NAME = "translation_warmup"
-SHOWN = (1, 5, 10, 25, 50, 75, 100, 200, 300, 400)  # the paper's iterations of Figure 2, and on
-QUANTITIES = ("gradient_median", "gradient_q05", "gradient_q95", "log_variance", "variance", "theory_variance")
 FOLDERS = {"multi30k": ("multi30k", "."), "libreoffice": ("libreoffice-help-de-en", ".")}
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """How a run trains: the optimizer, and updates of linear warmup."""
-
-    make: Any
-    warmup: int = 0
-    frozen: int = 0  # updates in which the weights stand still; they are not counted
-
-
-OPTIMIZERS = {
-    "Adam": Optimizer(partial(torch.optim.Adam, betas=(0.9, 0.999))),
-    "Adam, warmup 400": Optimizer(partial(torch.optim.Adam, betas=(0.9, 0.999)), warmup=400),
-    "Adam-2k": Optimizer(partial(FrozenStartAdam, betas=(0.9, 0.999), frozen_steps=400), frozen=400),
-    "Adam-eps": Optimizer(partial(torch.optim.Adam, betas=(0.9, 0.999), eps=1e-4)),
-    "RectifiedAdam": Optimizer(partial(RectifiedAdam, betas=(0.9, 0.999))),
-    "RectifiedAdam, beta2 .98": Optimizer(partial(RectifiedAdam, betas=(0.9, 0.98))),
-}
 
 
 @dataclass(frozen=True)
@@ -85,12 +62,12 @@ def grid(group: str, seeds: Sequence[int], precision: str) -> list[Cell]:
     two = ("Adam", "RectifiedAdam")
     shapes: list[tuple[int, int, str, float, str, int, Sequence[str]]] = {
         "paper": [(256, 6, "post", 1e-3, precision, 400, every)],
-        "paper_512": [(512, 6, "post", 3e-4, precision, 400, every[:5])],
+        "paper_512": [(512, 6, "post", 3e-4, precision, 200, every[:5])],
         "depth": [(256, depth, "post", 1e-3, precision, 200, two) for depth in (2, 3, 4, 5)],
         "lr": [(256, 6, "post", lr, precision, 200, two) for lr in (3e-4, 5e-4, 7e-4)],
-        "pre_norm": [(256, 6, "pre", 1e-3, precision, 400, two)],
-        "fp32": [(256, 6, "post", 1e-3, "32-true", 400, two)],
-        "long": [(256, 6, "post", 1e-3, precision, 1650, ("Adam", "Adam, warmup 400", "RectifiedAdam"))],
+        "pre_norm": [(256, 6, "pre", 1e-3, precision, 200, two)],
+        "fp32": [(256, 6, "post", 1e-3, "32-true", 200, two)],
+        "long": [(256, 6, "post", 1e-3, precision, 1200, two)],
     }[group]
     return [
         Cell(width, depth, norm, lr, optimizer, kind, updates, seed)
@@ -136,8 +113,7 @@ def run(cell: Cell, dataset: str, root: str, work: Path, batch_tokens: int) -> d
     module = Translator(
         vocab_size=data.vocab_size, width=cell.width, heads=4, feedforward=4 * cell.width, encoder_layers=cell.depth,
         decoder_layers=cell.depth, dropout=0.1, norm=cell.norm, optimizer=partial(how.make, lr=cell.lr),
-        lr_scheduler=partial(LinearWarmup, warmup_steps=how.warmup) if how.warmup else None,
-        lr_scheduler_interval="step", val_translations=cell.updates > 1000,
+        lr_scheduler=how.schedule(), lr_scheduler_interval="step", val_translations=cell.updates > 1000,
     )  # fmt: skip
     curve, monitor = Curve(), AdaptiveRateMonitor()
     with TemporaryDirectory() as folder:
@@ -148,7 +124,7 @@ def run(cell: Cell, dataset: str, root: str, work: Path, batch_tokens: int) -> d
             enable_model_summary=False, limit_val_batches=0, log_every_n_steps=50, num_sanity_val_steps=0,
         )  # fmt: skip
         trainer.fit(module, data)
-        points = read_points(next(Path(folder).rglob("adaptive_rate.csv")), how.frozen)
+        points = read_points(folder, how.frozen)
         trainer.limit_val_batches = 1.0
         final = trainer.validate(module, data, verbose=False)[0]
     nll = curve.nll[how.frozen :]
@@ -160,26 +136,6 @@ def run(cell: Cell, dataset: str, root: str, work: Path, batch_tokens: int) -> d
     return row
 
 
-def csv_logger(folder: str) -> Any:
-    """Lightning's, through the name the package uses."""
-    from importlib import import_module
-
-    from lightning_rectify._lightning import NAME as LIGHTNING
-
-    return import_module(f"{LIGHTNING}.loggers").CSVLogger(folder)
-
-
-def read_points(path: Path, frozen: int) -> dict[str, dict[str, float]]:
-    """The monitor's quantities of the group "model" after the named updates."""
-    points = {}
-    with path.open(newline="") as file:
-        for line in csv.DictReader(file):
-            step = int(line["step"]) - frozen
-            if line["group"] == "model" and step in SHOWN:
-                points[str(step)] = {name: float(line[name]) for name in QUANTITIES}
-    return points
-
-
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line a shape and optimizer: means over seeds, with the smallest and the largest."""
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -189,7 +145,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for key, group in cells.items():
         line: dict[str, Any] = {**dict(zip(keys, key, strict=True)), "runs": len(group)}
-        for update in (50, 100, 200, 400, 1650):
+        for update in (50, 100, 200, 400, 1200):
             values = [statistics.fmean(row["nll"][update - 20 : update]) for row in group if len(row["nll"]) >= update]
             if values:
                 line[f"nll_{update}"] = [statistics.fmean(values), min(values), max(values)]
@@ -226,20 +182,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             nll = [statistics.fmean(row["nll"][max(0, i - 20) : i]) for i in range(1, len(row["nll"]) + 1)]
             axes[0][column].plot(range(1, len(nll) + 1), nll, color=colour, lw=1, label=None if name in seen else name)
             if name not in seen:
-                steps = [int(step) for step in row["points"]]
-                median, low, high, spread = (
-                    [point[key] for point in row["points"].values()]
-                    for key in ("gradient_median", "gradient_q05", "gradient_q95", "log_variance")
-                )
-                axes[1][column].plot(steps, median, color=colour, marker=".")
-                axes[1][column].fill_between(steps, low, high, color=colour, alpha=0.1)
-                axes[2][column].plot(steps, spread, color=colour, marker=".")
+                draw_points(axes[1:, column], row["points"], colour, None)
             seen.add(name)
         width, depth, lr, _, precision = shape
         title = f"{depth}+{depth} layers, width {width}, lr {lr:g}, {precision}"
         axes[0][column].set(title=title, ylabel="training loss, nats a token", ylim=(3.5, 8))
-        axes[1][column].set(ylabel="abs(gradient), without embeddings", xscale="log", yscale="log")
-        axes[2][column].set(ylabel="Var[log adaptive rate]", xlabel="update")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
