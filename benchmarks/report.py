@@ -1,10 +1,10 @@
-"""Write the tables of README.md from the results in benchmarks/results/.
+"""Write the tables of README.md and benchmarks/RESULTS.md from the results in benchmarks/results/.
 
 Between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->`` stands what RENDERERS[NAME] makes of the result file named
 before the dot of NAME (``lr_sensitivity.spread`` reads lr_sensitivity.json), with its settings and command below.
 
-    python benchmarks/report.py            # rewrite README.md
-    python benchmarks/report.py --check    # exit with 1 if README.md is not what the results say
+    python benchmarks/report.py            # rewrite both
+    python benchmarks/report.py --check    # exit with 1 if one is not what the results say
 """
 
 import argparse
@@ -181,16 +181,64 @@ def translation_warmup(result: Result) -> str:
     def cell(values: Sequence[float] | None) -> str:
         return "" if values is None else "{:.2f} ({:.2f} to {:.2f})".format(*values)
 
+    def bleu(row: Result) -> str:
+        found = [val["val/bleu"] for val in row["val"] if "val/bleu" in val]
+        return f"{sum(found) / len(found):.1f} ({min(found):.1f} to {max(found):.1f})" if found else ""
+
     return table(
-        ["network, lr, precision", "optimizer", *(f"loss at update {update}" for update in updates), "alarm"],
+        ["network, lr, precision", "optimizer", *(f"loss at update {update}" for update in updates), "BLEU", "alarm"],
         (
             [
                 "{depth}+{depth} × {width}, {norm}-norm, {lr:g}, {precision}".format(**row),
                 row["optimizer"],
                 *(cell(row.get(f"nll_{update}")) for update in updates),
+                bleu(row),
                 f"{row['alarms']} of {row['runs']}",
             ]
             for row in result["table"]
+        ),
+    )
+
+
+def translation_warmup_paper(result: Result) -> str:
+    """The paper's two comparisons: one shape at 400 updates, the larger one at 200."""
+    shapes = {(256, 6, "post", 1e-3, 400), (512, 6, "post", 3e-4, 200)}
+    rows = [row for row in result["table"] if row["precision"] != "32-true"
+            and (row["width"], row["depth"], row["norm"], row["lr"], row["updates"]) in shapes]  # fmt: skip
+    return translation_warmup({**result, "table": rows})
+
+
+def language_model(result: Result) -> str:
+    def cell(value: Any) -> str:
+        return f"{value:.1f}" if isinstance(value, float) else "{:.1f} ({:.1f} to {:.1f})".format(*value)
+
+    return table(
+        ["model", "runs", "validation perplexity", "test perplexity"],
+        (
+            [
+                row["model"] + (f", k = {row['k']:.3g}" if "k" in row else ""),
+                str(row.get("runs", "")),
+                cell(row["val_perplexity"]),
+                cell(row["test_perplexity"]),
+            ]
+            for row in result["table"]
+        ),
+    )
+
+
+def probe_cost(result: Result) -> str:
+    by_kind = {kind: [row for row in result["rows"] if row["kind"] == kind] for kind in ("bare", "probe")}
+    names = {"bare": "bare gradients", "probe": "WarmupProbe"}
+    return table(
+        ["ResNet-20, 1,600 gradients", "CPU time", "× bare", "peak of memory"],
+        (
+            [
+                names[kind],
+                f"{min(row['seconds'] for row in rows):.0f} s",
+                f"{result['ratio']:.3f}" if kind == "probe" else "1",
+                f"{max(row['peak_mb'] for row in rows):.0f} MB",
+            ]
+            for kind, rows in by_kind.items()
         ),
     )
 
@@ -242,7 +290,11 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "lr_sensitivity.spread": lr_sensitivity_spread,
     "variance_simulation": variance_simulation,
     "spectral_cost": spectral_cost,
+    "lr_by_warmup": lr_sensitivity,
+    "language_model": language_model,
+    "probe_cost": probe_cost,
     "translation_warmup": translation_warmup,
+    "translation_warmup.paper": translation_warmup_paper,
     "translation_bleu": translation_bleu,
     "translation_speed": translation_speed,
     "spectral_gan.fashion_mnist_kid": spectral_gan("fashion_mnist", "kid", 1000),
@@ -302,24 +354,29 @@ def rewrite(text: str, results: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
-    arguments.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    documents = [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"]
+    arguments.add_argument("--documents", nargs="+", type=Path, default=documents)
     arguments.add_argument("--results", type=Path, default=RESULTS)
     args = arguments.parse_args(argv)
-    if not args.readme.exists():
-        print(f"{args.readme.name} does not exist.", file=sys.stderr)
+    return max(update(document, args.results, args.check) for document in args.documents)
+
+
+def update(document: Path, results: Path, check: bool) -> int:
+    """Rewrite one document, or only compare it; 1 if something is wrong with it."""
+    if not document.exists():
+        print(f"{document.name} does not exist.", file=sys.stderr)
         return 1
-    before = args.readme.read_text()
+    before = document.read_text()
     try:
-        after = rewrite(before, args.results)
+        after = rewrite(before, results)
     except ReportError as error:
-        print(error, file=sys.stderr)
+        print(f"{document.name}: {error}", file=sys.stderr)
         return 1
-    if args.check:
-        if before != after:
-            print(f"{args.readme.name} is out of date: run python benchmarks/report.py.", file=sys.stderr)
-        return int(before != after)
+    if before != after and check:
+        print(f"{document.name} is out of date: run python benchmarks/report.py.", file=sys.stderr)
+        return 1
     if before != after:
-        args.readme.write_text(after)
+        document.write_text(after)
     return 0
 
 

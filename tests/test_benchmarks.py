@@ -135,7 +135,7 @@ def test_report_writes_checks_and_complains(
     tmp_path: Path, timing: ModuleType, report: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
-    arguments = ("--readme", str(readme), "--results", str(results))
+    arguments = ("--documents", str(readme), "--results", str(results))
     readme.write_text("before\n<!-- table:optimizer_step -->\nold\n<!-- /table:optimizer_step -->\nafter\n")
     assert report.main(arguments) == 1
     assert "optimizer_step.json is missing" in capsys.readouterr().err
