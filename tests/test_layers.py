@@ -22,20 +22,27 @@ LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_ut
 
 # room -> rooms it may import, beside itself; a room that is not here fails: give it a line.
 ARROWS = {
-    "": {"optim", "nn", "data", "modules", "callbacks"},  # __init__.py: for type checkers; lazily otherwise
+    "": {"optim", "nn", "attacks", "data", "modules", "callbacks"},  # __init__.py: for type checkers; lazily otherwise
     "__main__": {"cli"},
     DOOR: set(),
     "text": set(),
     "words": set(),
     "optim": set(),
     "nn": set(),
+    "attacks": {"nn"},
     "data": {"text", "words", DOOR},
-    "modules": {"optim", "nn", "text", "words", DOOR},
-    "callbacks": {"optim", "nn", "text", "words", DOOR},
-    "cli": {"optim", "nn", "data", "modules", "callbacks", DOOR},
+    "modules": {"optim", "nn", "attacks", "text", "words", DOOR},
+    "callbacks": {"optim", "nn", "attacks", "text", "words", DOOR},
+    "cli": {"optim", "nn", "attacks", "data", "modules", "callbacks", DOOR},
 }
 # rooms that are plain torch
-ONLY = {"optim": {"torch", "numpy"}, "nn": {"torch", "numpy"}, "text": {"torch", "sentencepiece"}, "words": {"torch"}}
+ONLY = {
+    "optim": {"torch", "numpy"},
+    "nn": {"torch", "numpy"},
+    "attacks": {"torch", "numpy"},
+    "text": {"torch", "sentencepiece"},
+    "words": {"torch"},
+}
 
 
 def imports_of(source, module):
@@ -100,6 +107,11 @@ def test_arrows(path):
         ("optim/x.py", "import scipy", True),
         ("nn/x.py", "from lightning_rectify._lightning import Callback", True),
         ("nn/x.py", "from lightning_rectify import optim", True),
+        ("attacks/x.py", "from lightning_rectify.nn.modes import evaluating\nimport importlib, torch", False),
+        ("attacks/x.py", "import pyautoattack", True),
+        ("attacks/x.py", "from lightning_rectify.modules.base import RectifiedModule", True),
+        ("modules/l2l/x.py", "from lightning_rectify.attacks.gradient import pgd", False),
+        ("data/x.py", "from lightning_rectify.attacks.gradient import pgd", True),
         ("data/x.py", "from ..optim import moments", True),
         ("data/x.py", "from . import images\nfrom lightning_rectify._lightning import Trainer", False),
         ("callbacks/deep/x.py", "from lightning_rectify.modules.base import RectifiedModule", True),
@@ -144,7 +156,7 @@ def test_public_names_import():
 
 
 def test_optim_works_without_lightning():
-    rooms = [room for room in ("optim", "nn") if (PACKAGE / room).is_dir()]
+    rooms = [room for room in ("optim", "nn", "attacks") if (PACKAGE / room).is_dir()]
     modules = [
         ".".join(["lightning_rectify", *path.with_suffix("").parts]).removesuffix(".__init__")
         for path in FILES
