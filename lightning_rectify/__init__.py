@@ -15,10 +15,12 @@ _PUBLIC = {
     "AdaptiveRateMonitor": "callbacks",
     "SpectrumMonitor": "callbacks",
     "WarmupProbe": "callbacks",
+    "RobustnessMonitor": "callbacks",
     "RectifiedModule": "modules",
     "MinimaxModule": "modules",
     "ImageClassifier": "modules",
     "SpectralGAN": "modules",
+    "L2LDefense": "modules",
     "LanguageModel": "modules",
     "Translator": "modules",
     "ImageData": "data",
@@ -30,10 +32,12 @@ __all__ = [
     "AdaptiveRateMonitor",
     "ImageClassifier",
     "ImageData",
+    "L2LDefense",
     "LanguageModel",
     "MinimaxModule",
     "RectifiedAdam",
     "RectifiedModule",
+    "RobustnessMonitor",
     "SpectralGAN",
     "SpectrumMonitor",
     "TokenData",
@@ -44,10 +48,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lightning_rectify.callbacks import AdaptiveRateMonitor, SpectrumMonitor, WarmupProbe
+    from lightning_rectify.callbacks import AdaptiveRateMonitor, RobustnessMonitor, SpectrumMonitor, WarmupProbe
     from lightning_rectify.data import ImageData, TokenData, TranslationData
     from lightning_rectify.modules import (
         ImageClassifier,
+        L2LDefense,
         LanguageModel,
         MinimaxModule,
         RectifiedModule,

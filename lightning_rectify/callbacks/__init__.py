@@ -2,6 +2,7 @@
 
 from lightning_rectify.callbacks.adaptive_rate import AdaptiveRateMonitor
 from lightning_rectify.callbacks.average import CheckpointAverage
+from lightning_rectify.callbacks.robustness import RobustnessMonitor, RobustReport, robust_report
 from lightning_rectify.callbacks.samples import SampleGrid, SampleWriter
 from lightning_rectify.callbacks.spectrum import SpectrumMonitor
 from lightning_rectify.callbacks.translations import TranslationSamples, TranslationWriter
@@ -10,6 +11,8 @@ from lightning_rectify.callbacks.warmup_probe import WarmupProbe, WarmupProbeRes
 __all__ = [
     "AdaptiveRateMonitor",
     "CheckpointAverage",
+    "RobustReport",
+    "RobustnessMonitor",
     "SampleGrid",
     "SampleWriter",
     "SpectrumMonitor",
@@ -18,4 +21,5 @@ __all__ = [
     "WarmupProbe",
     "WarmupProbeResult",
     "probe_warmup",
+    "robust_report",
 ]

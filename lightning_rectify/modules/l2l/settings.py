@@ -1,0 +1,159 @@
+"""The arguments of ``L2LDefense``: what a preset fills in, and which values are refused."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+ATTACKS = ("l2l", "fgsm", "pgd", "trades", "none")
+
+
+def adam_of_attackers(params: Any) -> Optimizer:
+    """Adam with lr 3e-3, which did better for the small attacker than the authors' 1e-3."""
+    return torch.optim.Adam(params, lr=3e-3)
+
+
+# What an argument that is left at None becomes; of the released scripts, all that an argument can say.
+_PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {
+        "attacker": "strided",
+        "gradient_scale": "sample_std",
+        "order": "joint",
+        "attack_bn": "eval",
+        "warm_start": None,
+        "classifier_optimizer": None,
+        "attacker_optimizer": adam_of_attackers,
+    },
+    "released": {
+        "attacker": "wide",
+        "gradient_scale": "batch_max",
+        "order": "alternate",
+        "attack_bn": "train",
+        "warm_start": False,
+        "classifier_optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=2e-4),
+        "attacker_optimizer": partial(torch.optim.Adam, lr=1e-3, weight_decay=2e-4),
+    },
+}
+
+
+def fill_in(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that were given, and the preset's for those that are None.
+
+    Args:
+        preset: None or "released".
+        given: by name.
+
+    Raises:
+        ValueError: for an unknown preset.
+    """
+    if preset not in _PRESETS:
+        raise ValueError(f"Expected argument `preset` to be None or 'released' but got {preset!r}.")
+    return {name: _PRESETS[preset][name] if value is None else value for name, value in given.items()}
+
+
+def check_choices(**choices: tuple[Any, Sequence[str]]) -> None:
+    """Refuse a value that is not among its choices.
+
+    Args:
+        choices: by name of the argument, its value and the choices.
+    """
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            known = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
+            raise ValueError(f"Expected argument `{name}` to be {known} but got {value!r}.")
+
+
+def check_at_least(low: int, **numbers: Any) -> None:
+    """Refuse what is not an integer of at least ``low``.
+
+    Args:
+        low: the least value allowed.
+        numbers: by name of the argument.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"Expected argument `{name}` to be an integer of at least {low} but got {value!r}.")
+
+
+def check_ball(epsilon: float, bounds: Sequence[float], step_size: float | None, random_start: float | None) -> None:
+    """Refuse a ball that is not inside what pixels can be, or steps and starts that make no sense in it.
+
+    Args:
+        epsilon: radius, in pixel units.
+        bounds: least and largest pixel value.
+        step_size: length of a step, in pixel units, or None.
+        random_start: share of epsilon, or None.
+    """
+    if len(bounds) != 2 or not -math.inf < bounds[0] < bounds[1] < math.inf:
+        raise ValueError(f"Expected argument `bounds` to be two finite numbers, the lower first, but got {bounds!r}.")
+    width = bounds[1] - bounds[0]
+    if not 0 < epsilon <= width:
+        raise ValueError(
+            f"Expected argument `epsilon` to be above 0 and at most {width:g}, the width of `bounds` (pixel units: "
+            f"8/255 and not 8 for pixels in [0, 1]), but got {epsilon!r}."
+        )
+    if step_size is not None and not step_size > 0:
+        raise ValueError(f"Expected argument `step_size` to be above 0 or None but got {step_size!r}.")
+    if random_start is not None and not 0 <= random_start <= 1:
+        raise ValueError(f"Expected argument `random_start` to be in [0, 1] or None but got {random_start!r}.")
+
+
+def check_pixels(images: Tensor, bounds: Sequence[float], owner: str) -> bool:
+    """Refuse images outside the bounds, such as normalized ones; reads two numbers.
+
+    Args:
+        images: any shape.
+        bounds: least and largest pixel value.
+        owner: whose bounds they are, for the message.
+
+    Returns:
+        Whether all pixels are finite: NaN and infinite ones are the business of the check of the loss.
+
+    Raises:
+        ValueError: for finite pixels outside the bounds.
+    """
+    low, high = torch.stack(torch.aminmax(images.detach())).tolist()
+    if math.isfinite(low) and math.isfinite(high) and not bounds[0] <= low <= high <= bounds[1]:
+        raise ValueError(
+            f"Expected images inside `bounds` = {tuple(bounds)} of {owner}, in pixel units, but got values from "
+            f"{low:g} to {high:g}. Normalized images? {owner} normalizes inside (`mean`, `std`): give it pixels "
+            "(ImageData: `normalization: unit`)."
+        )
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def check_datamodule(datamodule: Any, bounds: Sequence[float], owner: str, **expected: int) -> None:
+    """Refuse a datamodule whose images are not pixels inside the bounds, or which differs in what it says of itself.
+
+    Args:
+        datamodule: any object, or None.
+        bounds: least and largest pixel value.
+        owner: whose arguments are checked, for the message.
+        expected: attributes that it must have with these values, if it has them.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    theirs = type(datamodule).__name__
+    for name, value in expected.items():
+        came = getattr(datamodule, name, None)
+        if came is not None and came != value:
+            raise ValueError(
+                f"Expected argument `{name}` of {owner} to be {came}, the `{name}` of the datamodule {theirs}, but got "
+                f"{value}."
+            )
+    pixel_range = getattr(datamodule, "pixel_range", None)
+    if pixel_range is None:
+        return
+    allowed = 1e-6 * (bounds[1] - bounds[0])
+    for values, bound in zip(pixel_range, bounds, strict=True):
+        if any(abs(value - bound) > allowed for value in values):
+            raise ValueError(
+                f"Expected argument `normalization` of the datamodule {theirs} to give pixels in {tuple(bounds)}, the "
+                f"`bounds` of {owner} ('unit' for (0.0, 1.0)), which normalizes itself, but got "
+                f"{getattr(datamodule, 'normalization', None)!r}: pixels from {pixel_range[0]} to {pixel_range[1]}."
+            )
