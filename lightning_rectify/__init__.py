@@ -21,14 +21,17 @@ _PUBLIC = {
     "ImageClassifier": "modules",
     "SpectralGAN": "modules",
     "L2LDefense": "modules",
+    "SPOT": "modules",
     "LanguageModel": "modules",
     "Translator": "modules",
     "ImageData": "data",
     "TokenData": "data",
     "TranslationData": "data",
+    "TransportData": "data",
 }
 
 __all__ = [
+    "SPOT",
     "AdaptiveRateMonitor",
     "ImageClassifier",
     "ImageData",
@@ -43,14 +46,16 @@ __all__ = [
     "TokenData",
     "TranslationData",
     "Translator",
+    "TransportData",
     "WarmupProbe",
     "__version__",
 ]
 
 if TYPE_CHECKING:
     from lightning_rectify.callbacks import AdaptiveRateMonitor, RobustnessMonitor, SpectrumMonitor, WarmupProbe
-    from lightning_rectify.data import ImageData, TokenData, TranslationData
+    from lightning_rectify.data import ImageData, TokenData, TranslationData, TransportData
     from lightning_rectify.modules import (
+        SPOT,
         ImageClassifier,
         L2LDefense,
         LanguageModel,

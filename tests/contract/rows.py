@@ -11,9 +11,16 @@ from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rectify._lightning import LightningDataModule, LightningModule, seed_everything
-from lightning_rectify.data import ImageData, TokenData, TranslationData
-from lightning_rectify.modules import ImageClassifier, LanguageModel, MinimaxModule, SpectralGAN, Translator
-from lightning_rectify.modules.l2l import L2LDefense
+from lightning_rectify.data import ImageData, TokenData, TranslationData, TransportData
+from lightning_rectify.modules import (
+    SPOT,
+    ImageClassifier,
+    L2LDefense,
+    LanguageModel,
+    MinimaxModule,
+    SpectralGAN,
+    Translator,
+)
 from lightning_rectify.modules.spectral_gan import RandomFeatures
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -193,6 +200,29 @@ class ResavingDefense(UserDefense):
     """One that saves hyperparameters again, with an object among its own arguments."""
 
     def __init__(self, head: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+
+class QuietSPOT(SPOT):
+    """Latents that are a function of the batch, so that they are the same however a batch is cut."""
+
+    def latents(self, batch):
+        return torch.special.ndtri((100 * torch.cat(list(batch), dim=1)).frac().abs().clamp(0.01, 0.99))
+
+
+class UserSPOT(SPOT):
+    """As users write it: an argument more."""
+
+    def __init__(self, extra: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.extra = extra
+
+
+class ResavingSPOT(UserSPOT):
+    """As in Lightning's documentation: it saves its own hyperparameters, and takes an object."""
+
+    def __init__(self, head: nn.Module | None = None, **kwargs):
         super().__init__(**kwargs)
         self.save_hyperparameters()
 
@@ -542,6 +572,53 @@ ROWS = (
             ({"preset": "paper"}, "`preset`.*None or 'released'.*got 'paper'"),
             ({"turns": {"attacker": 2}}, "`turns`.*None with `joint`"),
             ({"attack": "pgd", "clip_norm": {"attacker": 1.0}}, "`clip_norm`.*classifier.*got 'attacker'"),
+        ),
+    ),
+    Row(
+        stem="spot",
+        module=SPOT,
+        quiet=QuietSPOT,
+        module_args={
+            "width": 16,
+            "critic_width": 16,
+            "critic_steps": 1,
+            "ema_decay": 0.9,
+            "decay_steps": 0,
+            "eta": 100.0,
+            # Spectral norm iterates at each forward pass, so accumulated batches differ from one; hidden biases of
+            # units that are always active have no gradient and walk at random with rounding.
+            "constraint": "clip",
+            "clip": 0.1,
+            "critic_depth": 1,
+            "eval_samples": 500,
+        },
+        noise_args={},
+        data=TransportData,
+        data_args={"train_size": 192, "val_size": 100, "eval_batch_size": 50},
+        batch_size=32,
+        quick_cli=(
+            "--model.init_args.width=16",
+            "--model.init_args.critic_width=16",
+            "--model.init_args.eval_samples=500",
+            "--data.init_args.epoch_size=192",
+            "--data.init_args.batch_size=32",
+            "--data.init_args.val_size=100",
+        ),
+        metric="val/l2_uvp",
+        learn_module_args={"constraint": "spectral", "critic_depth": 2},
+        higher=False,
+        margin=30.0,
+        learn_args={"train_size": 3200, "val_size": 500},
+        epochs=6,
+        players={"critic": ("critic_optimizer", 1), "generator": ("generator_optimizer", 1)},
+        players_loss="critic",
+        networks=("generator", "critic"),
+        subclasses={"extra argument": UserSPOT, "saves again": ResavingSPOT},
+        bad_arguments=(
+            ({"preset": "best"}, "`preset`.*one of spot.*got 'best'"),
+            ({"eta": 0.0}, "`eta`.*above 0 or 'auto'.*got 0.0"),
+            ({"cost": "cosine"}, "`cost`.*one of squared.*got 'cosine'"),
+            ({"critic_steps": 0}, "`critic_steps`.*at least 1.*got 0"),
         ),
     ),
     Row(
