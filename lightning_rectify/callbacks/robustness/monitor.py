@@ -22,10 +22,10 @@ from lightning_rectify.attacks._common import attacking, input_gradient
 from lightning_rectify.attacks.gradient import pgd
 from lightning_rectify.callbacks._logs import add_layout, is_dry, run_folder, writers
 from lightning_rectify.callbacks._sharded import refuse_sharded
+from lightning_rectify.callbacks._untouched import random_state, untouched
 from lightning_rectify.callbacks.robustness.figures import draw_examples
 from lightning_rectify.callbacks.robustness.images import check_bounds, images_and_labels
 from lightning_rectify.callbacks.robustness.report import robust_report
-from lightning_rectify.callbacks.warmup_probe.untouched import random_state, untouched
 
 PREFIX = "robustness"
 ROBUST_ACCURACY = "val/robust_accuracy"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_rectify.attacks._ball import Norm
 from lightning_rectify.attacks._common import Model, attacking, modules_of
+from lightning_rectify.callbacks._untouched import random_state, untouched
 from lightning_rectify.callbacks.robustness.checks import Evidence, Limits, masking_checks
 from lightning_rectify.callbacks.robustness.evaluation import (
     Attack,
@@ -25,7 +26,6 @@ from lightning_rectify.callbacks.robustness.evaluation import (
 from lightning_rectify.callbacks.robustness.images import labelled_images
 from lightning_rectify.callbacks.robustness.plan import Plan
 from lightning_rectify.callbacks.robustness.result import AttackRow, RobustReport
-from lightning_rectify.callbacks.warmup_probe.untouched import random_state, untouched
 
 #: attacks of a full report, in the order in which they run
 ATTACKS = ("fgsm", "pgd", "pgd_margin", "apgd_ce", "apgd_dlr_targeted", "square")

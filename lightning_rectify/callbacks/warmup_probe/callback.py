@@ -8,10 +8,10 @@ import torch
 
 from lightning_rectify._lightning import Callback, EndFit, LightningDataModule, LightningModule, Trainer, rank_zero_info
 from lightning_rectify.callbacks._logs import is_dry, run_folder, writers
+from lightning_rectify.callbacks._untouched import random_state
 from lightning_rectify.callbacks.warmup_probe.gradients import LossFunction
 from lightning_rectify.callbacks.warmup_probe.probe import ProbeOptions, lent, measure
 from lightning_rectify.callbacks.warmup_probe.result import WarmupProbeResult
-from lightning_rectify.callbacks.warmup_probe.untouched import random_state
 
 _QUIET: dict[str, Any] = {
     "logger": False,

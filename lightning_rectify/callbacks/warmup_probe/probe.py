@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_rectify._lightning import LightningModule, Trainer
 from lightning_rectify.callbacks._sharded import refuse_sharded
+from lightning_rectify.callbacks._untouched import random_state, untouched
 from lightning_rectify.callbacks.warmup_probe.advice import LayerProbe, PlayerProbe, advise
 from lightning_rectify.callbacks.warmup_probe.gradients import (
     GradientMaker,
@@ -25,7 +26,6 @@ from lightning_rectify.callbacks.warmup_probe.gradients import (
 from lightning_rectify.callbacks.warmup_probe.result import WarmupProbeResult
 from lightning_rectify.callbacks.warmup_probe.stream_variance import StreamVariance, bias, ideal_medians
 from lightning_rectify.callbacks.warmup_probe.streams import Streams
-from lightning_rectify.callbacks.warmup_probe.untouched import random_state, untouched
 from lightning_rectify.optim.sampling import CoordinateSample
 from lightning_rectify.optim.variance import log_adaptive_rate_variance, relative_variance, sma_length
 
