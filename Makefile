@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that share the tests; each takes about 2 GB.
+JOBS ?= 2
 
 .PHONY: demo test lint clean
 
@@ -20,9 +22,9 @@ demo: $(VENV)/.base
 	$(BIN)/lightning-rectify fit --config configs/classifier.yaml
 	$(BIN)/lightning-rectify fit --config configs/translation.yaml
 
-## Lint, then every test that is not marked slow.
+## Lint, then every test that is not marked slow; JOBS=1 for one process.
 test: lint
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

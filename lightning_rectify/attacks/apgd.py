@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_rectify.attacks._ball import Ball, Norm
-from lightning_rectify.attacks._common import (
+from lightning_rectify.attacks.ball import Ball, Norm
+from lightning_rectify.attacks.common import (
     Model,
     Worst,
     attacking,
@@ -18,7 +18,7 @@ from lightning_rectify.attacks._common import (
     modules_of,
     prepare,
 )
-from lightning_rectify.attacks._losses import (
+from lightning_rectify.attacks.losses import (
     CheckedLoss,
     Loss,
     check_labels,

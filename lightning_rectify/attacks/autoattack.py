@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rectify.attacks._ball import Norm
-from lightning_rectify.attacks._common import Model, attacking, logits_of, modules_of, prepare
-from lightning_rectify.attacks._losses import check_labels
+from lightning_rectify.attacks.ball import Norm
+from lightning_rectify.attacks.common import Model, attacking, logits_of, modules_of, prepare
+from lightning_rectify.attacks.losses import check_labels
 
 _PACKAGES = ("autoattack", "pyautoattack")  # the authors' repository, and the same code on the package index
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_rectify.attacks._ball import Ball, Norm
-from lightning_rectify.attacks._common import (
+from lightning_rectify.attacks.ball import Ball, Norm
+from lightning_rectify.attacks.common import (
     Model,
     Worst,
     attacking,
@@ -14,7 +14,7 @@ from lightning_rectify.attacks._common import (
     modules_of,
     prepare,
 )
-from lightning_rectify.attacks._losses import CheckedLoss, Loss, loss_function
+from lightning_rectify.attacks.losses import CheckedLoss, Loss, loss_function
 
 
 def fgsm(

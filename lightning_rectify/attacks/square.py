@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_rectify.attacks._ball import Ball, Norm, uniform
-from lightning_rectify.attacks._common import Model, Worst, attacking, check_count, logits_of, modules_of, prepare
-from lightning_rectify.attacks._losses import loss_function
+from lightning_rectify.attacks.ball import Ball, Norm, uniform
+from lightning_rectify.attacks.common import Model, Worst, attacking, check_count, logits_of, modules_of, prepare
+from lightning_rectify.attacks.losses import loss_function
 
 # Of 10,000 queries, those after which the size p of squares is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lightning_rectify.attacks import apgd, correct, input_gradient
-from lightning_rectify.attacks._ball import Ball
-from lightning_rectify.attacks._losses import difference_of_logits_ratio, targeted_difference_of_logits_ratio
 from lightning_rectify.attacks.apgd import checkpoints
+from lightning_rectify.attacks.ball import Ball
+from lightning_rectify.attacks.losses import difference_of_logits_ratio, targeted_difference_of_logits_ratio
 from tests.attacks.models import batch, excess, generator, smooth
 from tests.reference import attacks as reference
 

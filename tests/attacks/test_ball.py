@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_rectify.attacks._ball import Ball
+from lightning_rectify.attacks.ball import Ball
 from tests.attacks.models import excess, generator
 
 CASES = [(norm, dtype) for norm in ("linf", "l2") for dtype in (torch.float32, torch.float64)]

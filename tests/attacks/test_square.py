@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lightning_rectify.attacks import correct, square
-from lightning_rectify.attacks._ball import Ball
-from lightning_rectify.attacks._losses import margin
+from lightning_rectify.attacks.ball import Ball
+from lightning_rectify.attacks.losses import margin
 from lightning_rectify.attacks.square import _grid, _pyramids, _windows, area
 from tests.attacks.models import Linear, batch, excess, generator, smooth
 from tests.reference import attacks as reference

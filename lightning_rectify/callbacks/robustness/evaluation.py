@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rectify.attacks._common import Model, input_gradient
+from lightning_rectify.attacks.common import Model, input_gradient
 
 #: (model, images (N, C, H, W), labels (N,), generator) -> adversarial images (N, C, H, W)
 Attack = Callable[[Model, Tensor, Tensor, torch.Generator], Tensor]

@@ -17,8 +17,8 @@ from lightning_rectify._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_rectify.attacks._ball import Norm
-from lightning_rectify.attacks._common import attacking, input_gradient
+from lightning_rectify.attacks.ball import Norm
+from lightning_rectify.attacks.common import attacking, input_gradient
 from lightning_rectify.attacks.gradient import pgd
 from lightning_rectify.callbacks._logs import add_layout, is_dry, run_folder, writers
 from lightning_rectify.callbacks._sharded import refuse_sharded

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rectify.attacks._ball import Norm
-from lightning_rectify.attacks._common import Model
-from lightning_rectify.attacks._losses import Loss
 from lightning_rectify.attacks.apgd import apgd
 from lightning_rectify.attacks.autoattack import autoattack
+from lightning_rectify.attacks.ball import Norm
+from lightning_rectify.attacks.common import Model
 from lightning_rectify.attacks.gradient import fgsm, pgd
+from lightning_rectify.attacks.losses import Loss
 from lightning_rectify.attacks.square import square
 from lightning_rectify.callbacks.robustness.evaluation import Attack, noise_attack
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_rectify.attacks._ball import Norm
-from lightning_rectify.attacks._common import Model, attacking, modules_of
+from lightning_rectify.attacks.ball import Norm
+from lightning_rectify.attacks.common import Model, attacking, modules_of
 from lightning_rectify.callbacks._untouched import random_state, untouched
 from lightning_rectify.callbacks.robustness.checks import Evidence, Limits, masking_checks
 from lightning_rectify.callbacks.robustness.evaluation import (

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.attacks._ball import Ball
-from lightning_rectify.attacks._common import attacking, input_gradient
+from lightning_rectify.attacks.ball import Ball
+from lightning_rectify.attacks.common import attacking, input_gradient
 
 GradientScale = Literal["sample_std", "batch_max"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rectify.attacks._ball import Ball, normal
-from lightning_rectify.attacks._common import attacking, input_gradient
+from lightning_rectify.attacks.ball import Ball, normal
+from lightning_rectify.attacks.common import attacking, input_gradient
 
 _START = 1e-3  # the standard deviation of Algorithm 1's start, in pixel units of [0, 1]
 

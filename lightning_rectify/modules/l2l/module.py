@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_rectify._lightning import LRSchedulerCallable, OptimizerCallable
-from lightning_rectify.attacks._common import attacking
+from lightning_rectify.attacks.common import attacking
 from lightning_rectify.attacks.gradient import pgd
 from lightning_rectify.modules.l2l.attackers import build_attacker
 from lightning_rectify.modules.l2l.costs import Passes, count_passes, example_inputs, forward_ratio

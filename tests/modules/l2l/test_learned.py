@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_rectify._lightning import seed_everything
-from lightning_rectify.attacks._common import input_gradient
+from lightning_rectify.attacks.common import input_gradient
 from lightning_rectify.attacks.gradient import fgsm
 from lightning_rectify.modules.image_networks import SmallCNN
 from lightning_rectify.modules.l2l.attackers import build_attacker

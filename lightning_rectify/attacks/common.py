@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.attacks._ball import Ball, Norm
-from lightning_rectify.attacks._losses import Loss, loss_function
+from lightning_rectify.attacks.ball import Ball, Norm
+from lightning_rectify.attacks.losses import Loss, loss_function
 from lightning_rectify.nn.modes import evaluating
 
 #: images (N, C, H, W) in pixel units inside the bounds, to logits (N, K); normalization is inside it

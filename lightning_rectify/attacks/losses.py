@@ -98,6 +98,7 @@ class CheckedLoss:
         self.function, self.unchecked = function, check_labels
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Losses (N,) of logits (N, K) and labels (N,)."""
         if self.unchecked:
             check_labels(labels, logits.shape[1])
             self.unchecked = False
