@@ -4,7 +4,8 @@ Gaussians (Bures cost) in 2, 8, 32 and 64 dimensions, a mixture on the line and 
 critics, eta, steps of the critics, the moving average and the rate's decay, one changed at a time. A run is judged by
 the signed error of its cost, the normalised regret, L2-UVP (where the plan is a map) and both marginal gaps beside
 their floors, all with the generator's moving average on 20,000 pairs. Exact transport between samples (POT's ``emd2``,
-if POT is installed, else scipy's assignment) is in the same table: its error, time and memory.
+if POT is installed, else scipy's assignment) is in the same table: its error, time and memory. Densities by the ODE
+generator are held against the entropic plans of Gaussians in closed form: KL from the truth, mass, round trip.
 
     python benchmarks/papers/spot.py [--rows bars constraints eta ...] [--seeds 11 12 13] [--jobs 2]
 
@@ -33,6 +34,7 @@ from timing import ROOT, output_path, parser, write_result
 
 from lightning_rectify._lightning import Trainer, seed_everything
 from lightning_rectify.data.transport import TransportData, draw
+from lightning_rectify.data.transport_plans import GaussianPlanData
 from lightning_rectify.data.transport_truths import make_problem
 from lightning_rectify.modules.spot import SPOT
 from lightning_rectify.modules.spot.eta import huber_cost
@@ -40,6 +42,14 @@ from lightning_rectify.modules.spot.eta import huber_cost
 NAME = "spot"
 SEEDS = (11, 12, 13)
 ADAM = {"optimizer": "adam"}
+# entropic plans: the numbers N(0, 1) and N(2, 0.49), and the points of bures2
+PLANS: dict[str, dict[str, Any]] = {
+    "numbers": {},
+    "plane": {
+        "mean_x": [-1.0, 0.0], "cov_x": [[1.0, 0.5], [0.5, 1.0]],
+        "mean_y": [1.0, 1.0], "cov_y": [[1.5, -0.6], [-0.6, 0.8]],
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Case:
     Attributes:
         group: what it belongs to.
         name: unique.
-        problem: of ``make_problem``, with ``dim`` and ``cost``.
+        problem: of ``make_problem``, with ``dim`` and ``cost``; or of PLANS, with "entropy" among the options.
         steps: of the generator.
         options: of ``SPOT``, but "optimizer": "rmsprop" or "adam" (1e-3, betas 0.5 and 0.9).
         train_size: points a side, or fresh ones.
@@ -110,6 +120,29 @@ def cases() -> list[Case]:
         for problem, dim in (("bures2", None), ("gaussians", 8), ("gaussians", 32), ("gaussians", 64))
         for n in (200, 1000, 2000)
     ]
+    return found + densities()
+
+
+def densities() -> list[Case]:
+    """Plans by the ODE generator: the weight of the entropy, and one thing changed at a time."""
+    ode: dict[str, Any] = {"generator": "ode", "entropy": 1.0, "ode": {"steps": 4}}
+    changes: dict[str, dict[str, Any]] = {
+        "eps 1": {},
+        "eps 0.1": {"entropy": 0.1},
+        "eps 0.3": {"entropy": 0.3},
+        "eps 4": {"entropy": 4.0},
+        "eps 4, eta of the cost alone": {"entropy": 4.0, "eta": 14.6},
+        "eps 1, eta 10": {"eta": 10.0},
+        "eps 1, Adam": ADAM,
+        "eps 1, gradient_penalty, Adam": {"constraint": "gradient_penalty", **ADAM},
+        "eps 1, dopri5": {"ode": {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4}},
+        "eps 1, euler": {"ode": {"method": "euler", "steps": 16}},
+        "eps 1, hutchinson": {"ode": {"steps": 4, "trace": "hutchinson"}},
+        "eps 1, adjoint": {"ode": {"steps": 4, "adjoint": True}},
+    }
+    found = [Case("density", f"numbers, {name}", "numbers", options={**ode, **more}) for name, more in changes.items()]
+    for eps in (0.5, 2.0):
+        found.append(Case("density", f"plane, eps {eps:g}", "plane", options={**ode, "entropy": eps}))
     return found
 
 
@@ -135,6 +168,8 @@ def play(case: Case, seed: int) -> dict[str, Any]:
     options = dict(case.options)
     if options.pop("optimizer", "rmsprop") == "adam":
         options |= {"generator_optimizer": adam, "critic_optimizer": adam}
+    if case.problem in PLANS:
+        return density(case, options)
     problem = make_problem(case.problem, case.dim, case.cost)
     plan = SPOT(shape_x=problem.dim, cost=case.cost, eval_samples=20_000, **options)
     data = TransportData(
@@ -155,6 +190,19 @@ def play(case: Case, seed: int) -> dict[str, Any]:
         distances = (problem.truth.map(x) - x).norm(dim=1)
         row["huber_error"] = huber_cost(distances, row["eta"]).mean().item() / problem.truth.cost - 1.0
     return row
+
+
+def density(case: Case, options: dict[str, Any]) -> dict[str, Any]:
+    """A plan by the ODE generator against the entropic plan."""
+    gaussians = {"entropy": options["entropy"], **PLANS[case.problem]}
+    plan = SPOT(shape_x=len(PLANS[case.problem].get("mean_x", [0.0])), eval_samples=20_000, **options)
+    size = 128 * plan.critic_steps
+    data = GaussianPlanData(**gaussians, batch_size=size, epoch_size=100 * size)
+    quiet_trainer(max_steps=case.steps, max_epochs=-1, limit_val_batches=0).fit(plan, data)
+    found = quiet_trainer().validate(plan, GaussianPlanData(**gaussians, val_size=4000), verbose=False)[0]
+    assert data.truth is not None
+    row = {name.removeprefix("val/"): value for name, value in found.items()}
+    return row | {"eta": float(plan.eta), "truth": data.truth.cost}
 
 
 def exact(case: Case, seed: int) -> dict[str, Any]:
@@ -197,6 +245,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         line["worst_cost_error"] = max(line["cost_errors"], key=abs)
         uvps = [row["l2_uvp"] for row in group if "l2_uvp" in row]
         line["worst_l2_uvp"] = max(uvps) if uvps else None
+        for key, off in (("plan_kl", 0.0), ("mass", 1.0), ("round_trip", 0.0)):
+            values = [row[key] for row in group if key in row]
+            line[f"worst_{key}"] = max(values, key=lambda value, off=off: abs(value - off)) if values else None
         for key in ("regret", "eta", "huber_error", "marginal_gap_x", "marginal_floor_x", "marginal_gap_y",
                     "marginal_floor_y", "seconds", "cpu_seconds", "peak_mib"):  # fmt: skip
             values = [row[key] for row in group if row.get(key) is not None]
@@ -223,6 +274,7 @@ def main() -> None:
         chosen = [
             Case("bars", "bures2", steps=4, options={"eta": 10.0}),
             Case("exact", "bures2, exact, n = 50", exact=50),
+            Case("density", "numbers", "numbers", steps=2, options={"generator": "ode", "entropy": 1.0}),
         ]
         seeds, work, jobs = [1], path.parent / "spot_runs", 1
     work.mkdir(parents=True, exist_ok=True)

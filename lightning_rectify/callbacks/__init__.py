@@ -6,11 +6,14 @@ from lightning_rectify.callbacks.robustness import RobustnessMonitor, RobustRepo
 from lightning_rectify.callbacks.samples import SampleGrid, SampleWriter
 from lightning_rectify.callbacks.spectrum import SpectrumMonitor
 from lightning_rectify.callbacks.translations import TranslationSamples, TranslationWriter
+from lightning_rectify.callbacks.transport import PlanFigure, PlanHistory
 from lightning_rectify.callbacks.warmup_probe import WarmupProbe, WarmupProbeResult, probe_warmup
 
 __all__ = [
     "AdaptiveRateMonitor",
     "CheckpointAverage",
+    "PlanFigure",
+    "PlanHistory",
     "RobustReport",
     "RobustnessMonitor",
     "SampleGrid",

@@ -74,3 +74,52 @@ def bjorck(weight, iterations):
     for _ in range(iterations):
         weight = weight @ (1.5 * np.eye(weight.shape[1]) - 0.5 * weight.T @ weight)
     return weight
+
+
+# -- entropic plans ----------------------------------------------------------------------------------------------------
+
+
+def entropic_cross(cov_x, cov_y, eps):
+    """Cov(X, Y) of the entropic plan of two Gaussians, squared cost, eps KL(plan, product).
+
+    Mallasto, Gerolin and Minh 2021 (arXiv:2006.03416) and Janati et al. 2020, with the roots drawn together into one
+    of a matrix that is not symmetric: A^(1/2) (4 A^(1/2) B A^(1/2) + c I)^(1/2) A^(-1/2) = (4 A B + c I)^(1/2).
+    """
+    eye = np.eye(len(cov_x))
+    return np.real(linalg.sqrtm(4 * cov_x @ cov_y + (eps / 2) ** 2 * eye)) / 2 - eps / 4 * eye
+
+
+def entropic_cross_1d(s1, s2, eps):
+    return (-eps + math.sqrt(eps**2 + 16 * s1**2 * s2**2)) / 4
+
+
+def gaussian_log_density(points, mean, cov):
+    """Row by row, from the inverse and the determinant."""
+    inverse, constant = np.linalg.inv(cov), math.log(np.linalg.det(2 * math.pi * cov))
+    return np.array([-0.5 * (p - mean) @ inverse @ (p - mean) - 0.5 * constant for p in points])
+
+
+def gaussian_kl(mean_p, cov_p, mean_q, cov_q):
+    """KL(p, q) of two Gaussians."""
+    inverse = np.linalg.inv(cov_q)
+    gap = mean_q - mean_p
+    ratio = math.log(np.linalg.det(cov_q) / np.linalg.det(cov_p))
+    return 0.5 * (np.trace(inverse @ cov_p) + gap @ inverse @ gap - len(gap) + ratio)
+
+
+def sinkhorn(weights_x, weights_y, matrix, eps, rounds):
+    """The entropic plan of two discrete distributions: rows and columns scaled in turn."""
+    kernel = np.exp(-(matrix - matrix.min()) / eps)
+    u, v = np.ones(len(weights_x)), np.ones(len(weights_y))
+    for _ in range(rounds):
+        u = weights_x / (kernel @ v)
+        v = weights_y / (kernel.T @ u)
+    return u[:, None] * kernel * v[None, :]
+
+
+def gaussian_on_a_grid(mean, cov, points, reach):
+    """A Gaussian's weights on a grid of its own standard deviations: points (points^D, D), weights of sum 1."""
+    axes = [np.linspace(m - reach * s, m + reach * s, points) for m, s in zip(mean, np.sqrt(np.diag(cov)), strict=True)]
+    grid = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
+    weights = np.exp(gaussian_log_density(grid, mean, cov))
+    return grid, weights / weights.sum()

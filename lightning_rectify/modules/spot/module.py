@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_rectify._lightning import OptimizerCallable
 from lightning_rectify.modules.spot.costs import CostFunction, check_reduction, get_cost, gradient_norms, reduce_cost
 from lightning_rectify.modules.spot.critics import build_critics, clip_weights, gradient_penalty
-from lightning_rectify.modules.spot.estimator import PlanEstimator
+from lightning_rectify.modules.spot.density import PlanDensity
 from lightning_rectify.modules.spot.eta import warn_if_binding
 from lightning_rectify.modules.spot.networks import build_generator
 from lightning_rectify.modules.spot.plan import at_least_float32
@@ -19,14 +19,15 @@ from lightning_rectify.modules.spot.presets import HoldThenDecay, resolve
 _EVERY = 50  # rounds from one look at the slopes of generated pairs to the next
 
 
-class SPOT(PlanEstimator):
+class SPOT(PlanDensity):
     r"""Optimal transport by a generator of pairs (Xie et al. 2019, arXiv:1905.00158).
 
     .. math:: \min_G \max_{f_X, f_Y} E\, c(G_X(Z), G_Y(Z)) / \eta + E f_X(G_X(Z)) - E f_X(X) + E f_Y(G_Y(Z)) - E f_Y(Y)
 
     with critics of slope at most 1. For two distributions known by samples and any differentiable cost it gives the
     cost, a sampler of the plan, and an out-of-sample map, with memory for one batch. To use it without training code:
-    :meth:`fit_samples`, then :meth:`cost`, :meth:`sample_pairs`, :meth:`transform`.
+    :meth:`fit_samples`, then :meth:`cost`, :meth:`sample_pairs`, :meth:`transform`; with the generator "ode" and
+    ``entropy`` also :meth:`log_prob`.
 
     A batch is a pair x, float, shape (B, \*shape_x), and y, shape (B, \*shape_y), drawn independently of each other. It
     is cut into ``critic_steps`` parts, one a step of the critics; give the loader as many times the batch size.
@@ -37,7 +38,9 @@ class SPOT(PlanEstimator):
     each time: ``val/cost``; ``val/marginal_gap_x`` and ``_y`` beside ``val/marginal_floor_x`` and ``_y`` (sliced W1,
     exact W1 in one dimension: :func:`~lightning_rectify.modules.spot.metrics.marginal_gap`); ``val/independent_cost``;
     where the data module's ``truth`` is known also ``val/cost_error`` ((cost - truth) / truth), ``val/regret`` and,
-    where the truth is a map, ``val/l2_uvp``. The same under ``test/``.
+    where the truth is a map, ``val/l2_uvp``. With a density also ``val/entropy`` (of the plan, nats),
+    ``val/round_trip``, for two numbers ``val/mass`` on a grid, and where the truth has a density ``val/plan_kl``
+    (truth to plan). The same under ``test/``.
 
     With "auto" and ``standardize``, constants are taken from samples of the training data before the first step (of
     the data module's ``training_samples(count)``, else of the loader's first batches), and kept in the checkpoint.
@@ -55,11 +58,14 @@ class SPOT(PlanEstimator):
         eta: largest slope of the multipliers, in units of cost over data, above 0; or "auto": 2.5 times the largest
             gradient of the cost on an exact plan of 300 samples. Too small a one biases the cost down; it warns
             (:class:`~lightning_rectify.modules.spot.eta.EtaWarning`).
-        generator: "mlp", "dcgan" (images in [-1, 1]), or latents (B, L) to a tuple of x and y, then in standardized
-            units unless ``standardize`` is False.
+        entropy: weight eps of E log p in the objective, in units of the cost, at least 0; above 0 for "ode" alone:
+            the entropic plan (:mod:`~lightning_rectify.modules.spot.density`), whose density exists.
+        generator: "mlp", "dcgan" (images in [-1, 1]), "ode" (has a density; for few dimensions), or latents (B, L) to
+            a tuple of x and y, then in standardized units unless ``standardize`` is False.
+        ode: of "ode": see :func:`~lightning_rectify.modules.spot.networks.build_generator`.
         latent_size: L; None for the preset's: as many as x and y have numbers together, or 100 as released.
         width: of the generator's layers.
-        depth: of the "mlp" generator.
+        depth: of the "mlp" and "ode" generators.
         share: "trunk" or "none": whether both sides share all layers but the last.
         norm: of the "dcgan": "batch", "group" or "none".
         critic: "mlp", "conv" (images), or a module: x and y to a tuple of scores.
@@ -97,7 +103,9 @@ class SPOT(PlanEstimator):
         cost: str | CostFunction | None = None,
         reduction: str | None = None,
         eta: float | str | None = None,
+        entropy: float = 0.0,
         generator: str | nn.Module | None = None,
+        ode: dict[str, Any] | None = None,
         latent_size: int | None = None,
         width: int = 64,
         depth: int = 2,
@@ -153,7 +161,7 @@ class SPOT(PlanEstimator):
         self.reduction, self.constraint = chosen.reduction, chosen.constraint
         self.latent_size = chosen.latent_size or int(np.prod(self.shape_x) + np.prod(self.shape_y))
         self.generator = build_generator(
-            chosen.generator, self.shape_x, self.shape_y, self.latent_size, width, depth, chosen.share, chosen.norm
+            chosen.generator, self.shape_x, self.shape_y, self.latent_size, width, depth, chosen.share, chosen.norm, ode
         )
         self.critic = build_critics(
             chosen.critic, self.shape_x, self.shape_y, chosen.constraint, critic_width, critic_depth, chosen.critic_norm
@@ -167,6 +175,7 @@ class SPOT(PlanEstimator):
         )  # fmt: skip
         self.decay_steps = decay_steps if chosen.decay else decay_steps or 0
         self.make_plan(chosen.eta, chosen.standardize, eval_samples, eval_seed)
+        self.make_density(entropy)
         self.example_input_array = torch.zeros(2, self.latent_size)
 
     # -- the game ------------------------------------------------------------------------------------------------------
@@ -193,11 +202,14 @@ class SPOT(PlanEstimator):
         return loss
 
     def generator_loss(self, batch: Any) -> Tensor:
-        """The cost over eta, and the critics' scores of as many generated pairs as the part of the batch has."""
-        x, y = self.split(at_least_float32(self.generator(self.latents(batch))))
+        """Cost (with entropy) over eta, and the critics' scores, of as many pairs as the part of the batch has."""
+        pairs, log_density = self.generate(self.latents(batch))
+        x, y = self.split(at_least_float32(pairs))
         scores = self.critic(x, y)
         x, y = self._data_units(x, y)
         cost = reduce_cost(self.cost_function, x, y, self.reduction)
+        if log_density is not None:
+            cost = cost + self.entropy * log_density.mean()
         self._look_at_slopes(x, y)
         return cost / (self.eta * self.scale) + sum(at_least_float32(score).mean() for score in scores)
 
@@ -222,7 +234,8 @@ class SPOT(PlanEstimator):
 
     def networks(self) -> list[nn.Module]:
         """What ``compile`` compiles; no critic under a gradient penalty: compiled code has no second derivatives."""
-        return [self.generator] if self.constraint == "gradient_penalty" else [self.critic, self.generator]
+        generator = self.compilable()
+        return [generator] if self.constraint == "gradient_penalty" else [self.critic, generator]
 
     def on_player_step(self, player: str) -> None:
         """Clip the critics' weights; update the average."""

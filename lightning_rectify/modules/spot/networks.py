@@ -5,12 +5,14 @@ shape (B, P + Q): one tensor is what can be exported, and what a density is of.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from lightning_rectify.modules.spot.ode import ODEPair
 
 Share = Literal["trunk", "none"]
 GeneratorNorm = Literal["batch", "group", "none"]
@@ -193,21 +195,24 @@ def build_generator(
     depth: int = 2,
     share: Share = "trunk",
     norm: GeneratorNorm = "batch",
+    ode: Mapping[str, Any] | None = None,
 ) -> PlanGenerator:
     """A generator of pairs by name, or around a network of the user's.
 
     Args:
-        network: "mlp", "dcgan", or latents (B, L) to a tuple of x and y.
+        network: "mlp", "dcgan", "ode" (which has a density), or latents (B, L) to a tuple of x and y.
         shape_x: of one x.
         shape_y: of one y.
         latent_size: length L of a latent.
         width: of the hidden layers, or channels before the DCGAN's last layer.
-        depth: hidden layers of the "mlp".
-        share: "trunk" or "none".
+        depth: hidden layers of the "mlp" and of the "ode"'s field.
+        share: "trunk" or "none"; not read by the "ode", one flow of both.
         norm: of the "dcgan".
+        ode: more arguments of :class:`~lightning_rectify.modules.spot.ode.ODEPair`: method, steps, rtol, atol, trace,
+            adjoint.
 
     Raises:
-        ValueError: for an argument outside its range, and for a network that gives other shapes.
+        ValueError: for an argument outside its range or unknown, and for a network that gives other shapes.
 
     Example:
         >>> generator = build_generator("mlp", (2,), (3,), latent_size=5)
@@ -221,15 +226,31 @@ def build_generator(
         raise ValueError(f"Expected argument `share` to be 'trunk' or 'none' but got {share!r}.")
     if norm not in ("batch", "group", "none"):
         raise ValueError(f"Expected argument `norm` to be 'batch', 'group' or 'none' but got {norm!r}.")
+    _check_ode(network, dict(ode or {}), latent_size, math.prod(shape_x) + math.prod(shape_y))
     if isinstance(network, nn.Module):
         return PlanGenerator(_checked(network, shape_x, shape_y, latent_size), shape_x, shape_y)
     make: dict[str, Callable[[], nn.Module]] = {
         "mlp": lambda: MLPPair(shape_x, shape_y, latent_size, width, depth, share),
         "dcgan": lambda: DCGANPair(shape_x, shape_y, latent_size, width, share, norm),
+        "ode": lambda: ODEPair(shape_x, shape_y, width, depth, **(ode or {})),
     }
     if network not in make:
-        raise ValueError(f"Expected argument `generator` to be 'mlp', 'dcgan' or a module but got {network!r}.")
+        raise ValueError(f"Expected argument `generator` to be 'mlp', 'dcgan', 'ode' or a module but got {network!r}.")
     return PlanGenerator(make[network](), shape_x, shape_y)
+
+
+def _check_ode(network: str | nn.Module, ode: dict[str, Any], latent_size: int, size: int) -> None:
+    known = ("method", "steps", "rtol", "atol", "trace", "adjoint")
+    if ode and (network != "ode" or set(ode) - set(known)):
+        raise ValueError(
+            f"Expected argument `ode` to be None, or for the generator 'ode' some of {', '.join(known)}, but got "
+            f"{ode!r} for {network!r}."
+        )
+    if network == "ode" and latent_size != size:
+        raise ValueError(
+            f"Expected argument `latent_size` of the generator 'ode', a flow, to be the number of numbers in x and y, "
+            f"{size}, or None, but got {latent_size!r}."
+        )
 
 
 def _checked(network: nn.Module, shape_x: Sequence[int], shape_y: Sequence[int], latent_size: int) -> nn.Module:
