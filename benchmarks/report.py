@@ -186,13 +186,21 @@ def translation_warmup(result: Result) -> str:
         return f"{sum(found) / len(found):.1f} ({min(found):.1f} to {max(found):.1f})" if found else ""
 
     return table(
-        ["network, lr, precision", "optimizer", *(f"loss at update {update}" for update in updates), "BLEU", "alarm"],
+        [
+            "network, lr, precision",
+            "optimizer",
+            *(f"loss at update {update}" for update in updates),
+            "BLEU",
+            "failed",
+            "alarm",
+        ],
         (
             [
                 "{depth}+{depth} × {width}, {norm}-norm, {lr:g}, {precision}".format(**row),
                 row["optimizer"],
                 *(cell(row.get(f"nll_{update}")) for update in updates),
                 bleu(row),
+                f"{row['failed']} of {row['runs']}",
                 f"{row['alarms']} of {row['runs']}",
             ]
             for row in result["table"]
@@ -206,6 +214,16 @@ def translation_warmup_paper(result: Result) -> str:
     rows = [row for row in result["table"] if row["precision"] != "32-true"
             and (row["width"], row["depth"], row["norm"], row["lr"]) in shapes]  # fmt: skip
     return translation_warmup({**result, "table": rows})
+
+
+def translation_warmup_alarms(result: Result) -> str:
+    return table(
+        ["runs", "number", "failed", "alarms", "false", "missed"],
+        (
+            [row["runs_of"], *(str(row[key]) for key in ("runs", "failed", "alarms", "false_alarms", "missed"))]
+            for row in result["alarms"]
+        ),
+    )
 
 
 def language_model(result: Result) -> str:
@@ -295,6 +313,7 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "probe_cost": probe_cost,
     "translation_warmup": translation_warmup,
     "translation_warmup.paper": translation_warmup_paper,
+    "translation_warmup.alarms": translation_warmup_alarms,
     "translation_bleu": translation_bleu,
     "translation_speed": translation_speed,
     "spectral_gan.fashion_mnist_kid": spectral_gan("fashion_mnist", "kid", 1000),

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -234,5 +235,8 @@ def write_result(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(result, indent=1, allow_nan=False)
+    # a curve is one line
+    text = re.sub(r"\[\n\s+([^][{}\"]*?)\n\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    unfinished.write_text(text + "\n")
     unfinished.replace(path)

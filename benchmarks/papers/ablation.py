@@ -59,7 +59,9 @@ def read_points(folder: str | Path, frozen: int) -> dict[str, dict[str, float]]:
     return points
 
 
-def draw_points(axes: Sequence[Any], points: dict[str, dict[str, float]], colour: Any, label: str | None) -> None:
+def draw_points(
+    axes: Sequence[Any], points: dict[str, dict[str, float]], colour: Any, label: str | None, band: float = 0.1
+) -> None:
     """Quantiles of abs(g) on the first axes, the variance of the logarithm of the adaptive rate on the second."""
     steps = [int(step) for step in points]
     median, low, high, spread = (
@@ -67,7 +69,7 @@ def draw_points(axes: Sequence[Any], points: dict[str, dict[str, float]], colour
         for key in ("gradient_median", "gradient_q05", "gradient_q95", "log_variance")
     )
     axes[0].plot(steps, median, color=colour, marker=".", label=label)
-    axes[0].fill_between(steps, low, high, color=colour, alpha=0.1)
+    axes[0].fill_between(steps, low, high, color=colour, alpha=band)
     axes[1].plot(steps, spread, color=colour, marker=".", label=label)
     axes[0].set(ylabel="abs(gradient)", xscale="log", yscale="log")
     axes[1].set(ylabel="Var[log adaptive rate]", xscale="log", xlabel="update")

@@ -13,6 +13,7 @@ from lightning_rectify.callbacks.adaptive_rate import AdaptiveRateWarning
 from lightning_rectify.callbacks.adaptive_rate.dashboard import PREFIX, is_histogram_step
 from lightning_rectify.callbacks.adaptive_rate.quantities import QUANTITIES
 from lightning_rectify.callbacks.adaptive_rate.watch import OptimizerWatch
+from lightning_rectify.optim import FrozenStartAdam
 from lightning_rectify.optim.variance import sma_length
 
 
@@ -373,6 +374,14 @@ def test_alarm_collapse():
         found = alarms_of(Deep(partial(RectifiedAdam, lr=30.0, early_phase="skip")), batches=60)
     assert found == {"collapse"}
     assert alarms_of(Deep(partial(RectifiedAdam, lr=0.01, early_phase="skip")), batches=60) == set()
+
+
+@pytest.mark.filterwarnings("ignore:.*runs without warmup")
+def test_alarm_collapse_counts_from_the_first_step_that_moves_a_weight():
+    make = partial(FrozenStartAdam, lr=1.0, frozen_steps=40)
+    assert "collapse" not in alarms_of(Deep(make), batches=85)  # 45 moved
+    with pytest.warns(AdaptiveRateWarning, match=r"fell from \S+ at the first step to \S+ at step 90"):
+        assert "collapse" in alarms_of(Deep(make), batches=95)
 
 
 def test_alarm_stalled_moments_in_bfloat16():

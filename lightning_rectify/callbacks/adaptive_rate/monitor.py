@@ -140,7 +140,8 @@ class AdaptiveRateMonitor(Callback):
         for watch in self._watches:
             for key, group in zip(watch.keys, watch.optimizer.param_groups, strict=True):
                 rule = rectifier_options(watch.optimizer, group)
-                alarms = GroupAlarms(key, type(watch.optimizer).__name__, beta2_of(group), rule)
+                name, frozen = type(watch.optimizer).__name__, int(group.get("frozen_steps", 0))
+                alarms = GroupAlarms(key, name, beta2_of(group), rule, frozen)
                 self._group_alarms[key] = alarms
                 self._raise_alarms(trainer, key, alarms.at_start(), watch.calls)
 
