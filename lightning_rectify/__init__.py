@@ -22,25 +22,33 @@ _PUBLIC = {
     "SpectralGAN": "modules",
     "L2LDefense": "modules",
     "SPOT": "modules",
+    "SPOTAdaptation": "modules",
+    "ManifoldRegressor": "modules",
     "LanguageModel": "modules",
     "Translator": "modules",
     "ImageData": "data",
     "TokenData": "data",
     "TranslationData": "data",
     "TransportData": "data",
+    "DomainPairs": "data",
+    "ManifoldData": "data",
 }
 
 __all__ = [
     "SPOT",
     "AdaptiveRateMonitor",
+    "DomainPairs",
     "ImageClassifier",
     "ImageData",
     "L2LDefense",
     "LanguageModel",
+    "ManifoldData",
+    "ManifoldRegressor",
     "MinimaxModule",
     "RectifiedAdam",
     "RectifiedModule",
     "RobustnessMonitor",
+    "SPOTAdaptation",
     "SpectralGAN",
     "SpectrumMonitor",
     "TokenData",
@@ -53,15 +61,24 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lightning_rectify.callbacks import AdaptiveRateMonitor, RobustnessMonitor, SpectrumMonitor, WarmupProbe
-    from lightning_rectify.data import ImageData, TokenData, TranslationData, TransportData
+    from lightning_rectify.data import (
+        DomainPairs,
+        ImageData,
+        ManifoldData,
+        TokenData,
+        TranslationData,
+        TransportData,
+    )
     from lightning_rectify.modules import (
         SPOT,
         ImageClassifier,
         L2LDefense,
         LanguageModel,
+        ManifoldRegressor,
         MinimaxModule,
         RectifiedModule,
         SpectralGAN,
+        SPOTAdaptation,
         Translator,
     )
     from lightning_rectify.optim import RectifiedAdam

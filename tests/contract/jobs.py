@@ -22,11 +22,11 @@ class Noise(Callback):
             self._handles = [
                 module.register_forward_hook(lambda _, __, output: self.masks.append(output.detach() == 0))
                 for module in pl_module.modules()
-                if isinstance(module, nn.Dropout) and module.p > 0
+                if isinstance(module, nn.Dropout) and module.p > 0 and module.training  # an average's rests
             ]
             if hasattr(pl_module, "generator"):  # of a game: the latent vectors
                 keep = pl_module.generator.register_forward_pre_hook(
-                    lambda _, inputs: self.masks.append(inputs[0].detach())
+                    lambda _, inputs: self.masks.extend(part.detach() for part in inputs if _is_float(part))
                 )
                 self._handles.append(keep)
 
@@ -35,6 +35,10 @@ class Noise(Callback):
             self.draw = torch.rand(4, generator=_copy_of_global_generator())  # looking does not move the state
         for handle in self._handles:
             handle.remove()
+
+
+def _is_float(part):
+    return isinstance(part, torch.Tensor) and part.is_floating_point()
 
 
 def _copy_of_global_generator():

@@ -11,14 +11,16 @@ from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rectify._lightning import LightningDataModule, LightningModule, seed_everything
-from lightning_rectify.data import ImageData, TokenData, TranslationData, TransportData
+from lightning_rectify.data import DomainPairs, ImageData, ManifoldData, TokenData, TranslationData, TransportData
 from lightning_rectify.modules import (
     SPOT,
     ImageClassifier,
     L2LDefense,
     LanguageModel,
+    ManifoldRegressor,
     MinimaxModule,
     SpectralGAN,
+    SPOTAdaptation,
     Translator,
 )
 from lightning_rectify.modules.spectral_gan import RandomFeatures
@@ -223,6 +225,45 @@ class ResavingSPOT(UserSPOT):
     """As in Lightning's documentation: it saves its own hyperparameters, and takes an object."""
 
     def __init__(self, head: nn.Module | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+
+class QuietAdaptation(SPOTAdaptation):
+    """Latents that are a function of the images, so that they are the same however a batch is cut."""
+
+    def latents(self, batch):
+        return batch[0].flatten(1)[:, 96 : 96 + self.latent_size] - 0.5
+
+
+class UserAdaptation(SPOTAdaptation):
+    """A user's subclass with an argument of its own."""
+
+    def __init__(self, extra: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.extra = extra
+
+
+class ResavingAdaptation(UserAdaptation):
+    """One that saves hyperparameters again, with an object among its own arguments."""
+
+    def __init__(self, head: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+
+class UserRegressor(ManifoldRegressor):
+    """A user's subclass with an argument of its own."""
+
+    def __init__(self, extra: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.extra = extra
+
+
+class ResavingRegressor(UserRegressor):
+    """One that saves hyperparameters again, with an object among its own arguments."""
+
+    def __init__(self, head: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.save_hyperparameters()
 
@@ -619,6 +660,129 @@ ROWS = (
             ({"eta": 0.0}, "`eta`.*above 0 or 'auto'.*got 0.0"),
             ({"cost": "cosine"}, "`cost`.*one of squared.*got 'cosine'"),
             ({"critic_steps": 0}, "`critic_steps`.*at least 1.*got 0"),
+        ),
+    ),
+    Row(
+        stem="spot_adaptation",
+        module=SPOTAdaptation,
+        quiet=QuietAdaptation,
+        module_args={
+            "generator_width": 4,
+            "critic_width": 4,
+            "classifier_width": 16,
+            "latent_size": 4,
+            "plan_steps": 1000,
+            "decay_steps": 0,
+            "augment": 0.0,  # noise, as are the places of the penalty
+            "adversarial": "logistic",
+            "penalty_weight": 0.0,
+            # A sure answer is a step function of the weights: float32 sums in another order take another branch.
+            "pseudo_weight": 0.0,
+            "ema_decay": 0.9,
+        },
+        noise_args={"dropout": 0.3},
+        data=DomainPairs,
+        data_args={"train_size": 192, "val_size": 100, "eval_batch_size": 100},
+        batch_size=32,
+        quick_cli=(
+            "--model.init_args.generator_width=4",
+            "--model.init_args.critic_width=4",
+            "--model.init_args.classifier_width=16",
+            "--model.init_args.source_steps=0",
+            "--model.init_args.plan_steps=1000",
+            "--data.init_args.train_size=192",
+            "--data.init_args.val_size=100",
+            "--data.init_args.batch_size=32",
+            "--trainer.check_val_every_n_epoch=1",
+        ),
+        metric="val/source_accuracy",
+        higher=True,
+        margin=0.3,
+        learn_args={"train_size": 512, "val_size": 100},
+        epochs=6,
+        players={
+            "critic": ("critic_optimizer", 1),
+            "generator": ("generator_optimizer", 1),
+            "classifier": ("classifier_optimizer", 1),
+        },
+        players_loss="critic",
+        networks=("classifier", "generator", "critic"),
+        subclasses={"extra argument": UserAdaptation, "saves again": ResavingAdaptation},
+        bad_arguments=(
+            ({"method": "daspot"}, "`method`.*'two_stage' or 'joint'.*got 'daspot'"),
+            ({"num_classes": 1}, "`num_classes`.*at least 2.*got 1"),
+            ({"in_channels": 0}, "`in_channels`.*at least 1.*got 0"),
+            ({"image_size": 8}, "`image_size`.*at least 16.*got 8"),
+            ({"image_size": 18}, "`image_size`.*multiple of 4.*got 18"),
+            ({"cost": "cosine"}, "`cost`.*one of squared.*got 'cosine'"),
+            ({"eta": 0.0}, "`eta`.*above 0.*got 0.0"),
+            ({"semantic_weight": -1.0}, "`semantic_weight`.*at least 0.*got -1.0"),
+            ({"source_steps": -1}, "`source_steps`.*at least 0.*got -1"),
+            ({"plan_steps": 0}, "`plan_steps`.*at least 1.*got 0"),
+            ({"pseudo_threshold": 0.0}, r"`pseudo_threshold`.*\(0, 1\].*got 0.0"),
+            ({"augment": -1.0}, "`augment`.*at least 0.*got -1.0"),
+            ({"adversarial": "hinge"}, "`adversarial`.*'wasserstein' or 'logistic'.*got 'hinge'"),
+            ({"ema_decay": 1.0}, r"`ema_decay`.*\[0, 1\).*got 1.0"),
+            ({"dropout": 1.0}, r"`dropout`.*\[0, 1\).*got 1.0"),
+            ({"classifier": nn.Flatten()}, r"`classifier`.*logits of shape \(B, 10\).*got"),
+            ({"method": "joint", "classifier": nn.Flatten()}, "`classifier`.*None.*got"),
+            ({"method": "joint", "generator_width": 12}, "`generator_width`.*multiple of 8.*got 12"),
+        ),
+    ),
+    Row(
+        stem="manifold",
+        module=ManifoldRegressor,
+        module_args={
+            "num_classes": 10,
+            "dim": 2,
+            "expert": "mlp",
+            "hidden": 8,
+            "gate": "trained",
+            "init": "least_squares",
+            "anchor": 0.1,
+            "early_stopping": 50,
+        },
+        noise_args={"dropout": 0.3},
+        data=ManifoldData,
+        data_args={"train_size": 192, "val_size": 100, "eval_batch_size": 100},
+        batch_size=32,
+        quick_cli=(
+            "--model.init_args.dim=2",
+            "--data.init_args.train_size=192",
+            "--data.init_args.batch_size=32",
+        ),
+        metric="val/accuracy",
+        higher=True,
+        margin=0.5,
+        learn_module_args={"init": "random"},  # from least squares an untrained module is right already
+        learn_args={"train_size": 512, "val_size": 200, "eval_batch_size": 200},
+        epochs=6,
+        # All in float32: with the 8 bits of bf16 a point would change its chart.
+        dtypes_under_bf16=frozenset(),
+        subclasses={"extra argument": UserRegressor, "saves again": ResavingRegressor},
+        bad_arguments=(
+            ({"in_features": 0}, "`in_features`.*at least 1.*got 0"),
+            ({"outputs": 0}, "`outputs`.*at least 1.*got 0"),
+            ({"num_classes": 1}, "`num_classes`.*at least 2.*got 1"),
+            ({"num_classes": 3, "outputs": 2}, "`outputs`.*1 with `num_classes`.*got 2"),
+            ({"dim": 0}, r"`dim`.*'auto' or in \[1, 64\].*got 0"),
+            ({"dim": 65}, r"`dim`.*'auto' or in \[1, 64\].*got 65"),
+            ({"dim": "pca"}, "`dim`.*'auto'.*got 'pca'"),
+            ({"expert": "spline"}, "`expert`.*one of polynomial, p1, mlp.*got 'spline'"),
+            ({"degree": -1}, "`degree`.*'auto' or at least 0.*got -1"),
+            ({"cells": 0}, "`cells`.*at least 1.*got 0"),
+            ({"hidden": 0}, "`hidden`.*at least 1.*got 0"),
+            ({"expert": "mlp", "dropout": 1.0}, r"`dropout`.*\[0, 1\).*got 1.0"),
+            ({"dropout": 0.5}, "`dropout`.*0 without expert 'mlp'.*got 0.5"),
+            ({"radius": 0.0}, "`radius`.*'auto' or a positive number.*got 0.0"),
+            ({"init": "zeros"}, "`init`.*least_squares, construction, random.*got 'zeros'"),
+            ({"gate": "open"}, "`gate`.*frozen, trained.*got 'open'"),
+            ({"dispatch": 0}, "`dispatch`.*at least 1.*got 0"),
+            ({"outside": "zero"}, "`outside`.*nearest, mean.*got 'zero'"),
+            ({"anchor": -1.0}, "`anchor`.*at least 0.*got -1.0"),
+            ({"early_stopping": -1}, "`early_stopping`.*at least 0.*got -1"),
+            ({"seed": -1}, "`seed`.*at least 0.*got -1"),
+            ({"lr_scheduler_interval": "day"}, "`lr_scheduler_interval`.*'step' or 'epoch'.*got 'day'"),
         ),
     ),
     Row(
