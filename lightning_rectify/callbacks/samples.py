@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from lightning_rectify._lightning import BasePredictionWriter, Callback, LightningModule, Trainer
+from lightning_rectify._lightning import BasePredictionWriter, LightningModule, Trainer
+from lightning_rectify.callbacks._drawn import DrawnInFit
 from lightning_rectify.callbacks._logs import is_dry, run_folder, writers
-from lightning_rectify.callbacks._sharded import refuse_sharded
-from lightning_rectify.nn.modes import evaluating
 
 
 class Sampler(Protocol):
@@ -32,7 +30,7 @@ class Sampler(Protocol):
         """
 
 
-class SampleGrid(Callback):
+class SampleGrid(DrawnInFit):
     """Writes a grid of samples from one fixed noise, and of interpolations, as training goes on.
 
     Works with a LightningModule that has ``sample`` (:class:`Sampler`). ``LOGFOLDER/samples`` gets
@@ -64,7 +62,7 @@ class SampleGrid(Callback):
     def __init__(
         self, every_n_epochs: int = 1, count: int = 64, columns: int = 8, seed: int = 0, interpolations: int = 8
     ) -> None:
-        super().__init__()
+        super().__init__(every_n_epochs)
         for name, value, least in (
             ("every_n_epochs", every_n_epochs, 1),
             ("count", count, 1),
@@ -73,9 +71,8 @@ class SampleGrid(Callback):
         ):
             if value < least:
                 raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value}.")
-        self.every_n_epochs, self.count, self.columns = every_n_epochs, count, columns
+        self.count, self.columns = count, columns
         self.seed, self.interpolations = seed, interpolations
-        self._drawn_at: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that cannot sample."""
@@ -86,34 +83,13 @@ class SampleGrid(Callback):
                 f"{type(pl_module).__name__} without one."
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse weights that one process alone cannot use."""
-        refuse_sharded([pl_module], "SampleGrid")
-        self._drawn_at = None
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw if it is this epoch's turn."""
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw unless the last epoch's grid shows the same weights."""
-        if self._drawn_at != trainer.global_step:
-            self._draw(trainer, pl_module)
-
-    def _draw(self, trainer: Trainer, pl_module: Any) -> None:
-        self._drawn_at = step = trainer.global_step
-        if not trainer.is_global_zero:
-            return
-        device = pl_module.device
-        devices = [device] if device.type == "cuda" else []
-        # A module that draws from the global generator nevertheless must not make ranks, or runs, differ.
-        with evaluating(pl_module), torch.random.fork_rng(devices):
-            images = pl_module.sample(self.count, seed=self.seed)
-            self._write(trainer, "samples", "fixed_noise", images, step)
-            if self.interpolations and hasattr(pl_module, "interpolate"):
-                between = pl_module.interpolate(self.interpolations, self.columns, seed=self.seed)
-                self._write(trainer, "interpolation", "interpolation", between, step)
+    def draw(self, trainer: Trainer, pl_module: Any) -> None:
+        """The grid, and interpolations where the module can."""
+        step = trainer.global_step
+        self._write(trainer, "samples", "fixed_noise", pl_module.sample(self.count, seed=self.seed), step)
+        if self.interpolations and hasattr(pl_module, "interpolate"):
+            between = pl_module.interpolate(self.interpolations, self.columns, seed=self.seed)
+            self._write(trainer, "interpolation", "interpolation", between, step)
 
     def _write(self, trainer: Trainer, stem: str, tag: str, images: Any, step: int) -> None:
         grid = make_grid(_unit_images(images, f"what the module of SampleGrid draws ({tag})"), nrow=self.columns)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_rectify._lightning import LightningDataModule
 from lightning_rectify.data.domain_sources import DOMAINS, Images, count_classes, read_domain
 from lightning_rectify.data.image_datasets import ArrayImages, pairs, stratified_take
-from lightning_rectify.data.resumable import EpochSampler, ResumableLoader
+from lightning_rectify.data.resumable import ResumableLoader, training_loader
 from lightning_rectify.data.transport import Pairs
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -149,18 +149,10 @@ class DomainPairs(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of one size; resumes in the middle of an epoch."""
-        trainer = self.trainer
-        ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {}
-        dataset = self._parts["train"]
-        sampler = EpochSampler(dataset, **ranks, shuffle=False, seed=self.seed, drop_last=True)
-        if len(sampler) < self.batch_size:
-            raise ValueError(
-                f"Expected argument `batch_size` to be at most {len(sampler)}, the number of training images a side on "
-                f"each rank, but got {self.batch_size}."
-            )
-        return ResumableLoader(
-            dataset, sampler=sampler, batch_size=self.batch_size, drop_last=True, trainer=trainer, **self._options()
-        )
+        return training_loader(
+            self._parts["train"], self.batch_size, self.seed, self.trainer, "images a side", shuffle=False,
+            **self._options(),
+        )  # fmt: skip
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Source, target and, with ``watch_test``, the target's test part; in order."""

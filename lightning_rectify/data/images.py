@@ -19,7 +19,7 @@ from lightning_rectify.data.image_datasets import (
     split,
 )
 from lightning_rectify.data.image_sources import SOURCES, folder, in_memory, open_part
-from lightning_rectify.data.resumable import EpochSampler, ResumableLoader
+from lightning_rectify.data.resumable import ResumableLoader, training_loader
 
 _NORMALIZATIONS = {"dataset": None, "symmetric": (0.5, 0.5), "unit": (0.0, 1.0)}  # mean and std of each channel
 
@@ -177,23 +177,8 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches of one size; resumes in the middle of an epoch."""
-        trainer = self.trainer
-        ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {}
         dataset = self._parts["train"]
-        sampler = EpochSampler(dataset, **ranks, seed=self.seed, drop_last=True)
-        if len(sampler) < self.batch_size:
-            raise ValueError(
-                f"Expected argument `batch_size` to be at most {len(sampler)}, the number of training images on each "
-                f"rank, but got {self.batch_size}."
-            )
-        return ResumableLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=self.batch_size,
-            drop_last=True,
-            trainer=trainer,
-            **self._loader_options(),
-        )
+        return training_loader(dataset, self.batch_size, self.seed, self.trainer, "images", **self._loader_options())
 
     def val_dataloader(self) -> Any:
         """The validation part in order; no loader if ``val_size`` is 0."""

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rectify._lightning import LightningDataModule
+from lightning_rectify.data.array_files import Source, read_samples
 from lightning_rectify.data.image_datasets import split
 from lightning_rectify.data.image_sources import SOURCES, in_memory
 from lightning_rectify.data.manifold_samples import EMBEDDINGS, MANIFOLDS, embed
-from lightning_rectify.data.resumable import EpochSampler, ResumableLoader
-from lightning_rectify.data.transport import Source, read_samples
+from lightning_rectify.data.resumable import ResumableLoader, training_loader
 
 _PARTS = ("train", "val", "test")
 
@@ -150,17 +150,7 @@ class ManifoldData(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches of one size; resumes in the middle of an epoch."""
-        trainer = self.trainer
-        ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {}
-        sampler = EpochSampler(self._train, **ranks, seed=self.seed, drop_last=True)
-        if len(sampler) < self.batch_size:
-            raise ValueError(
-                f"Expected argument `batch_size` to be at most {len(sampler)}, the number of training points on each "
-                f"rank, but got {self.batch_size}."
-            )
-        return ResumableLoader(
-            self._train, sampler=sampler, batch_size=self.batch_size, drop_last=True, trainer=trainer, **self._options()
-        )
+        return training_loader(self._train, self.batch_size, self.seed, self.trainer, "points", **self._options())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation part in order."""

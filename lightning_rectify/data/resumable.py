@@ -156,3 +156,30 @@ class _Skipping:
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+
+def training_loader(
+    dataset: Dataset[Any], batch_size: int, seed: int, trainer: Any, what: str, shuffle: bool = True, **options: Any
+) -> ResumableLoader:
+    """Batches of one size of a rank's share of the data, in an order that is a function of seed and epoch.
+
+    Args:
+        dataset: takes keys (epoch, index).
+        batch_size: on each rank.
+        seed: of the order.
+        trainer: whose epoch and ranks count, or None.
+        what: the data consists of, for the message.
+        shuffle: whether the order is drawn; False for data that has an order of each epoch's own.
+        **options: of the DataLoader.
+
+    Raises:
+        ValueError: if a rank has less than one batch.
+    """
+    ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {}
+    sampler = EpochSampler(dataset, **ranks, shuffle=shuffle, seed=seed, drop_last=True)
+    if len(sampler) < batch_size:
+        raise ValueError(
+            f"Expected argument `batch_size` to be at most {len(sampler)}, the number of training {what} on each rank, "
+            f"but got {batch_size}."
+        )
+    return ResumableLoader(dataset, sampler=sampler, batch_size=batch_size, drop_last=True, trainer=trainer, **options)

@@ -1,21 +1,18 @@
 """``TransportData``: two distributions to transport one to the other, known problems or a user's samples."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.data.resumable import EpochSampler, ResumableLoader
+from lightning_rectify.data.array_files import Source, read_samples
+from lightning_rectify.data.resumable import ResumableLoader, training_loader
 from lightning_rectify.data.transport_truths import TransportProblem, TransportTruth, make_problem
 
-Source = str | os.PathLike[str] | Tensor | NDArray[Any]
 _VAL, _TEST, _LOOK, _FIXED = 2**62, 2**62 + 1, 2**62 + 2, 2**62 + 3  # streams that no epoch has
 
 
@@ -136,18 +133,10 @@ class TransportData(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of one size; resumes in the middle of an epoch."""
-        trainer = self.trainer
-        ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {}
-        dataset = self._parts["train"]
-        sampler = EpochSampler(dataset, **ranks, shuffle=False, seed=self.seed, drop_last=True)
-        if len(sampler) < self.batch_size:
-            raise ValueError(
-                f"Expected argument `batch_size` to be at most {len(sampler)}, the number of training points a side on "
-                f"each rank, but got {self.batch_size}."
-            )
-        return ResumableLoader(
-            dataset, sampler=sampler, batch_size=self.batch_size, drop_last=True, trainer=trainer, **self._options()
-        )
+        return training_loader(
+            self._parts["train"], self.batch_size, self.seed, self.trainer, "points a side", shuffle=False,
+            **self._options(),
+        )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation part in order."""
@@ -265,51 +254,6 @@ def draw(problem: TransportProblem, count: int, seed: Sequence[int]) -> tuple[Te
     sides = (problem.draw_x, problem.draw_y)
     x, y = (side(count, np.random.default_rng([*seed, number])) for number, side in enumerate(sides))
     return torch.from_numpy(x).float(), torch.from_numpy(y).float()
-
-
-def read_samples(name: str, source: Source | None) -> Tensor:
-    """Samples as a float32 tensor, shape (N, ...), numbers as (N, 1).
-
-    Args:
-        name: of the argument, for the message.
-        source: a tensor or array, or a ``.npy`` or ``.csv`` file.
-
-    Raises:
-        FileNotFoundError: if the file is not there.
-        ValueError: for another file, and samples that are none or not finite.
-    """
-    data: Any = source
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if path.suffix not in (".npy", ".csv"):
-            raise ValueError(
-                f"Expected argument `{name}` to be a .npy or .csv file, or an array, but got {str(path)!r}."
-            )
-        if not path.is_file():
-            raise FileNotFoundError(f"Expected argument `{name}` to be a file but found none at {str(path)!r}.")
-        data = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _read_csv(name, path)
-    tensor = torch.as_tensor(data).detach().to(torch.float32)
-    if tensor.ndim == 0 or len(tensor) == 0:
-        raise ValueError(f"Expected argument `{name}` to hold samples, shape (N, ...), but got {tuple(tensor.shape)}.")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"Expected argument `{name}` to be finite but got NaN or infinity among its values.")
-    return tensor[:, None] if tensor.ndim == 1 else tensor
-
-
-def _read_csv(name: str, path: Path) -> NDArray[np.float64]:
-    with path.open(encoding="utf-8") as file:
-        first = file.readline()
-    try:
-        [float(word) for word in first.split(",")]
-        names = 0
-    except ValueError:
-        names = 1
-    try:
-        return np.loadtxt(path, delimiter=",", skiprows=names, ndmin=2)
-    except ValueError as error:
-        raise ValueError(
-            f"Expected argument `{name}` to be a file of numbers, {path.name}, but got: {error}"
-        ) from error
 
 
 def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

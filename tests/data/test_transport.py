@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from lightning_rectify.data.transport import Pairs, TransportData, read_samples
+from lightning_rectify.data.array_files import read_samples
+from lightning_rectify.data.transport import Pairs, TransportData
 from lightning_rectify.data.transport_truths import (
     Mixture,
     bures_cost,

@@ -7,11 +7,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import save_image
 
-from lightning_rectify._lightning import Callback, LightningModule, Trainer
+from lightning_rectify._lightning import LightningModule, Trainer
+from lightning_rectify.callbacks._drawn import DrawnInFit
 from lightning_rectify.callbacks._logs import is_dry, run_folder, writers
-from lightning_rectify.callbacks._sharded import refuse_sharded
 from lightning_rectify.callbacks.transport.figures import Pair, draw_pairs, draw_plan_of_numbers, image_pairs
-from lightning_rectify.nn.modes import evaluating
 
 _REACH = 3.5  # standard deviations that a heat map shows to each side
 
@@ -26,7 +25,7 @@ class PlanSampler(Protocol):
         """Pairs of the plan, shapes (count, ...), the same for the same seed."""
 
 
-class PlanFigure(Callback):
+class PlanFigure(DrawnInFit):
     """Draws a transport plan as training goes on: the same latents each time.
 
     Works with a LightningModule that has ``sample_pairs`` (:class:`PlanSampler`), such as ``SPOT``:
@@ -71,7 +70,7 @@ class PlanFigure(Callback):
         grid: int = 121,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(every_n_epochs)
         for name, value, least in (
             ("every_n_epochs", every_n_epochs, 1),
             ("count", count, 2),
@@ -87,9 +86,8 @@ class PlanFigure(Callback):
             raise ValueError(
                 f"Expected argument `image_range` to be a smaller and a larger number but got {image_range}."
             )
-        self.every_n_epochs, self.count, self.images, self.columns = every_n_epochs, count, images, columns
+        self.count, self.images, self.columns = count, images, columns
         self.image_range, self.grid, self.seed = (low, high), grid, seed
-        self._drawn_at: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that has no pairs."""
@@ -99,35 +97,15 @@ class PlanFigure(Callback):
                 f"but got {type(pl_module).__name__} without one."
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse weights that one process alone cannot use."""
-        refuse_sharded([pl_module], "PlanFigure")
-        self._drawn_at = None
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw if it is this epoch's turn."""
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw unless the last epoch's figure shows the same weights."""
-        if self._drawn_at != trainer.global_step:
-            self._draw(trainer, pl_module)
-
-    def _draw(self, trainer: Trainer, pl_module: Any) -> None:
-        self._drawn_at = trainer.global_step
-        if not trainer.is_global_zero:
-            return
-        device = pl_module.device
-        # A module that draws from the global generator nevertheless must not make ranks, or runs, differ.
-        with evaluating(pl_module), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            shapes = [side.shape[1:] for side in pl_module.sample_pairs(1, seed=self.seed)]
-            pictures = all(len(shape) == 3 and shape[0] in (1, 3) for shape in shapes)
-            pairs = _on_cpu(pl_module.sample_pairs(self.images if pictures else self.count, seed=self.seed))
-            if pictures:
-                self._write_grid(trainer, image_pairs(*pairs, self.columns, self.image_range))
-            else:
-                self._write_figure(trainer, self._figure(trainer, pl_module, pairs))
+    def draw(self, trainer: Trainer, pl_module: Any) -> None:
+        """A grid of images, or a figure."""
+        shapes = [side.shape[1:] for side in pl_module.sample_pairs(1, seed=self.seed)]
+        pictures = all(len(shape) == 3 and shape[0] in (1, 3) for shape in shapes)
+        pairs = _on_cpu(pl_module.sample_pairs(self.images if pictures else self.count, seed=self.seed))
+        if pictures:
+            self._write_grid(trainer, image_pairs(*pairs, self.columns, self.image_range))
+        else:
+            self._write_figure(trainer, self._figure(trainer, pl_module, pairs))
 
     def _figure(self, trainer: Trainer, pl_module: Any, pairs: Pair) -> Figure:
         datamodule: Any = getattr(trainer, "datamodule", None)

@@ -1,0 +1,57 @@
+"""A user's samples: arrays, or files of numbers."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Source = str | os.PathLike[str] | Tensor | NDArray[Any]
+
+
+def read_samples(name: str, source: Source | None) -> Tensor:
+    """Samples as a float32 tensor, shape (N, ...), numbers as (N, 1).
+
+    Args:
+        name: of the argument, for the message.
+        source: a tensor or array, or a ``.npy`` or ``.csv`` file.
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: for another file, and samples that are none or not finite.
+    """
+    data: Any = source
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.suffix not in (".npy", ".csv"):
+            raise ValueError(
+                f"Expected argument `{name}` to be a .npy or .csv file, or an array, but got {str(path)!r}."
+            )
+        if not path.is_file():
+            raise FileNotFoundError(f"Expected argument `{name}` to be a file but found none at {str(path)!r}.")
+        data = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _read_csv(name, path)
+    tensor = torch.as_tensor(data).detach().to(torch.float32)
+    if tensor.ndim == 0 or len(tensor) == 0:
+        raise ValueError(f"Expected argument `{name}` to hold samples, shape (N, ...), but got {tuple(tensor.shape)}.")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"Expected argument `{name}` to be finite but got NaN or infinity among its values.")
+    return tensor[:, None] if tensor.ndim == 1 else tensor
+
+
+def _read_csv(name: str, path: Path) -> NDArray[np.float64]:
+    with path.open(encoding="utf-8") as file:
+        first = file.readline()
+    try:
+        [float(word) for word in first.split(",")]
+        names = 0
+    except ValueError:
+        names = 1
+    try:
+        return np.loadtxt(path, delimiter=",", skiprows=names, ndmin=2)
+    except ValueError as error:
+        raise ValueError(
+            f"Expected argument `{name}` to be a file of numbers, {path.name}, but got: {error}"
+        ) from error
