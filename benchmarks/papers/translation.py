@@ -257,7 +257,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--dataset", choices=list(FOLDERS), default="multi30k")
     arguments.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     arguments.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    arguments.add_argument("--precision", default="bf16-mixed", help="of paper and paper_512; the other groups are in 32-true")
+    arguments.add_argument("--precision", default="bf16-mixed", help="of paper and paper_512; others: 32-true")
     arguments.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
