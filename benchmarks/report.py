@@ -218,9 +218,10 @@ def translation_warmup_paper(result: Result) -> str:
 
 def translation_warmup_alarms(result: Result) -> str:
     return table(
-        ["runs", "number", "failed", "alarms", "false", "missed"],
+        ["runs", "by update", "number", "failed", "alarms", "false", "missed"],
         (
-            [row["runs_of"], *(str(row[key]) for key in ("runs", "failed", "alarms", "false_alarms", "missed"))]
+            [row["runs_of"]]
+            + [str(row[key]) for key in ("by_update", "runs", "failed", "alarms", "false_alarms", "missed")]
             for row in result["alarms"]
         ),
     )

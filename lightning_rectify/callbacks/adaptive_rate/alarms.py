@@ -14,11 +14,10 @@ _EPS_SHARE = 0.5  # of the coordinates, for this many points in a row:
 _EPS_POINTS = 10
 _STALLED_SHARE = 0.5
 _HELD_BACK = 10.0  # steps' worth of learning rate that make a rising schedule a warmup
-# Times smaller median gradient than at the first step that moves a weight, by the 50th (at the 10th runs that go on to
-# learn have fallen too). Chosen on the 18 runs of 6+6 layers, width 256, of benchmarks/papers/translation.py: at most
-# 13 where training went on, at least 132 where it did not.
-_COLLAPSE = 50.0
-_COLLAPSE_STEP = 50
+# Times smaller median gradient than at the first step that moves a weight, by the step after it (at the 10th, runs that
+# go on to learn have fallen too). From benchmarks/papers/translation.py, 6+6 layers: at the 50th at most 97 where it
+# trained, thousands where it failed, in between where it half stalled; at the 100th at most 43 and at least 264.
+_COLLAPSE = {50: 500.0, 100: 100.0}
 _SETTLED = 10  # steps without a new highest learning rate after which a warmup is over
 
 
@@ -26,14 +25,15 @@ class AdaptiveRateWarning(UserWarning):
     """A finding of :class:`AdaptiveRateMonitor` about the optimizer's settings."""
 
 
-def collapsed(first: float, later: float) -> bool:
+def collapsed(first: float, later: float, step: int) -> bool:
     """Whether the network has been driven to where it no longer learns.
 
     Args:
         first: median of abs(g) at the first step that moves a weight.
-        later: the same at the 50th.
+        later: the same at ``step``.
+        step: counted from the first that moves a weight, 50 or 100.
     """
-    return first > 0.0 and first >= _COLLAPSE * later
+    return first > 0.0 and first >= _COLLAPSE[step] * later
 
 
 @dataclass
@@ -63,7 +63,7 @@ class GroupAlarms:
     _sums: np.ndarray = field(default_factory=lambda: np.zeros(4))  # steps, lr, r, r * lr
     _eps_run: int = 0
     _first_gradient: float = 0.0
-    _looked_for_collapse: bool = False
+    _collapse_looks: list[int] = field(default_factory=lambda: list(_COLLAPSE))
 
     def at_start(self) -> Iterator[tuple[str, str]]:
         """Findings that need no training: (alarm, message)."""
@@ -153,11 +153,12 @@ class GroupAlarms:
         moved = step - self.frozen_steps
         if step == self._first_step or moved <= 1:
             self._first_gradient = gradient
-        if self._looked_for_collapse or moved < _COLLAPSE_STEP:
+        if not self._collapse_looks or moved < self._collapse_looks[0]:
             return
-        self._looked_for_collapse = True
-        if not self._from_the_start() or moved > 2 * _COLLAPSE_STEP or not collapsed(self._first_gradient, gradient):
+        look = self._collapse_looks.pop(0)
+        if not self._from_the_start() or moved >= 2 * look or not collapsed(self._first_gradient, gradient, look):
             return
+        self._collapse_looks.clear()
         yield (
             "collapse",
             f"the median gradient fell from {self._first_gradient:.2g} at the first step to {gradient:.2g} at step "
