@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from report_manifold import TABLES as MANIFOLD_TABLES
 from timing import RESULTS, ROOT
 
 Result = dict[str, Any]
@@ -301,6 +302,34 @@ def translation_speed(result: Result) -> str:
     )
 
 
+def spot_adaptation(frame: str) -> Callable[[Result], str]:
+    """A renderer of one frame: methods down, directions across, last weights and, by its name, the best of the test."""
+
+    def cell(row: Result | None) -> list[str]:
+        if row is None:
+            return ["", ""]
+        low, high = (100 * bound(row["accuracies"]) for bound in (min, max))
+        between = f" ({low:.1f} to {high:.1f})" if row["runs"] > 1 else ""
+        best = row["accuracy_best_of_test"]
+        return [f"{100 * row['accuracy']:.1f}{between}, {row['runs']}", "" if best is None else f"{100 * best:.1f}"]
+
+    def render(result: Result) -> str:
+        rows = [row for row in result["table"] if row["frame"] == frame]
+        directions = list(dict.fromkeys(row["direction"] for row in rows))
+        cells = {(row["method"], row["direction"]): row for row in rows}
+        header = ["target accuracy, %: mean (worst to best seed), runs"]
+        header += [text for name in directions for text in (f"{name}, last weights", "best of the test")]
+        lines = [
+            [method, *(text for name in directions for text in cell(cells.get((method, name))))]
+            for method in dict.fromkeys(row["method"] for row in rows)
+        ]
+        paper = result["settings"]["paper_best_of_test"]
+        known = [text for name in directions for text in ("", f"{100 * paper[name]:.2f}" if name in paper else "")]
+        return table(header, [*lines, ["the paper's table (28 pixels)", *known]])
+
+    return render
+
+
 RENDERERS: dict[str, Callable[[Result], str]] = {
     "optimizer_step": optimizer_step,
     "monitor_cost": monitor_cost,
@@ -317,10 +346,13 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "translation_warmup.alarms": translation_warmup_alarms,
     "translation_bleu": translation_bleu,
     "translation_speed": translation_speed,
+    "spot_adaptation.paper": spot_adaptation("paper"),
+    "spot_adaptation.one": spot_adaptation("one"),
     "spectral_gan.fashion_mnist_kid": spectral_gan("fashion_mnist", "kid", 1000),
     "spectral_gan.fashion_mnist_fd": spectral_gan("fashion_mnist", "fd", 1),
     "spectral_gan.cifar10_kid": spectral_gan("cifar10", "kid", 1000),
     "spectral_gan.cifar10_fd": spectral_gan("cifar10", "fd", 1),
+    **{name: (lambda result, make=make: table(*make(result))) for name, make in MANIFOLD_TABLES.items()},
 }
 
 

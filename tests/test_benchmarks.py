@@ -85,6 +85,133 @@ def test_narrow_discriminator_study_runs_goes_on_and_is_rendered(results: Path, 
     assert "0 of 4 runs to do" in again.stdout
 
 
+def test_adaptation_study_runs_goes_on_and_is_rendered(results: Path, report: ModuleType) -> None:
+    path = results / "spot_adaptation.json"
+    methods = ["source alone", "exact plan of features", "two-stage", "joint, Wasserstein"]
+    arguments = ("papers/spot_adaptation", "--quick", "--methods", *methods, "--out", str(path))
+    first = call(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert "4 of 4 runs to do" in first.stdout
+    result = json.loads(path.read_text())
+    assert str(results) not in path.read_text()
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == [row["method"] for row in result["table"]] == methods
+    # A share of 359 test images; accuracies are float32.
+    assert all(row["accuracy"] * 359 == pytest.approx(round(row["accuracy"] * 359), abs=1e-3) for row in rows.values())
+    exact = rows.pop("exact plan of features")
+    assert exact["solver"] in ("POT EMDTransport", "scipy assignment")
+    assert exact["accuracy_best_of_test"] is None
+    assert all(row["accuracy_best_of_test"] >= row["accuracy"] - 1e-6 for row in rows.values())
+    text = report.render("spot_adaptation.paper", results)
+    assert f"| two-stage | {100 * rows['two-stage']['accuracy']:.1f}, 1 |" in text
+
+    next(path.parent.glob("spot_adaptation_runs/*source_alone_s0*")).unlink()
+    again = call(*arguments)
+    assert "1 of 4 runs to do" in again.stdout
+    fields = ("method", "seed", "accuracy", "accuracy_best_of_test", "unsupervised_score")
+    repeated, once = (
+        [[row[name] for name in fields] for row in rows]
+        for rows in (json.loads(path.read_text())["rows"], result["rows"])
+    )
+    assert repeated == once
+
+
+def test_every_method_of_the_adaptation_study_can_be_built(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "papers"))
+    import spot_adaptation as study
+
+    built = {
+        name: study.make_module(study.Cell("usps to mnist", "paper", name, 0), study.Study()) for name in study.METHODS
+    }
+    # A module that never leaves the source, and one whose plan is one round and of no use.
+    assert built["source alone"].source_steps > study.Study().rounds
+    assert built["own sure answers, no plan"].plan_steps == 1 > built["own sure answers, no plan"].carried_weight
+    assert built["two-stage"].source_steps + built["two-stage"].plan_steps == 3 * study.Study().rounds // 4
+    assert {module.method for module in built.values()} == {"two_stage", "joint"}
+
+
+def test_point_cloud_study_runs_and_goes_on(results: Path, report: ModuleType) -> None:
+    path = results / "manifold_points.json"
+    first = call("papers/manifold_points", "--quick", "--out", str(path))
+    assert first.returncode == 0, first.stderr
+    assert "7 of 7 runs to do" in first.stdout
+    result = json.loads(path.read_text())
+    assert result["command"] == "python benchmarks/papers/manifold_points.py --quick"
+    measured = {row["method"]: row for row in result["rows"] if row["status"] == "measured"}
+    assert len(measured) == 6
+    assert measured["charts"]["rmse"] < measured["k-nn"]["rmse"]
+    assert measured["charts"]["dim"] == 2
+    assert all(row["fit_seconds"] > 0 and row["predict_ms_per_1000"] > 0 for row in measured.values())
+    refused = [row["status"] for row in result["rows"] if row["size"] == 50_000]
+    assert refused == ["not run: a matrix of 20 GB"]
+    assert str(results) not in path.read_text()
+
+    from report_manifold import TABLES
+
+    errors, costs = (report.table(*TABLES[name](result)) for name in ("manifold_points", "manifold_points.cost"))
+    assert f"{measured['charts']['rmse']:.4f} (1)" in errors
+    assert "| 50,000, kernel ridge | not run: a matrix of 20 GB |" in costs
+
+    next(path.parent.glob("manifold_points_runs/charts_200*")).unlink()
+    again = call("papers/manifold_points", "--quick", "--out", str(path))
+    assert "1 of 7 runs to do" in again.stdout
+    assert len(json.loads(path.read_text())["rows"]) == 7
+
+
+def test_manifold_scaling_runs_goes_on_and_draws(
+    results: Path, monkeypatch: pytest.MonkeyPatch, report: ModuleType
+) -> None:
+    path = results / "manifold_scaling.json"
+    first = call("papers/manifold_scaling", "--quick", "--out", str(path))
+    assert first.returncode == 0, first.stderr
+    assert "14 of 14 runs to do" in first.stdout
+    result = json.loads(path.read_text())
+    assert result["command"] == "python benchmarks/papers/manifold_scaling.py --quick"
+    assert len(result["rows"]) == 14
+    table = {row["label"]: row for row in result["table"] if row["manifold"] == "circle"}
+    assert table["10 levels in the distances"]["spread"] <= 1.05  # D = 3 and 10: bar A3
+    # linear interpolation is of order 2; three coarse grids
+    assert -2.3 <= table["telescope_p1"]["dims"]["3"]["slope_size"] <= -1.7
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert str(results) not in path.read_text()
+
+    from report_manifold import TABLES
+
+    for name in ("manifold_scaling", "manifold_scaling.dimension"):
+        assert report.table(*TABLES[name](result)).count("|") > 20
+
+    next(path.parent.glob("manifold_scaling_runs/k_nn*")).unlink()
+    again = call("papers/manifold_scaling", "--quick", "--out", str(path))
+    assert "1 of 14 runs to do" in again.stdout
+    assert [row["label"] for row in json.loads(path.read_text())["rows"]] == [row["label"] for row in result["rows"]]
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "papers"))
+    import manifold_scaling
+
+    # on the line of logarithms from (100, 1e-1) to (10000, 1e-3), 1e-2 is halfway
+    assert manifold_scaling.needed([100, 10_000], [1e-1, 1e-3], 1e-2) == pytest.approx(1000)
+    assert manifold_scaling.needed([100, 10_000], [1e-1, 2e-2], 1e-2) is None
+    assert manifold_scaling.slope([1, 2, 4, 8], [5e-2, 1.6e-2, 4e-3, 1e-3]) == pytest.approx(-2)
+    assert manifold_scaling.slope([1, 2, 4], [5e-2, 1e-2, 1e-3]) is None
+
+
+def test_manifold_detector_runs(results: Path, report: ModuleType) -> None:
+    path = results / "manifold_detector.json"
+    done = call("papers/manifold_detector", "--quick", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    lines = {(row["detector"].split(",")[0], row["charts"]): row for row in result["table"]}
+    assert lines["1-NN", None]["auroc"] > 0.9  # pieces of photographs are no digits
+    assert lines["gate", 128]["auroc"] > 0.99
+    assert lines["gate", 128]["held_digits"] > 0.9  # 99 of 100 training images are within the inner radius
+    assert lines["gate", 128]["held_others"] < 0.1 < lines["PCA", None]["let_in_at_95"]
+    assert lines["gate", 128]["stored"] == 128 * 64
+    from report_manifold import TABLES
+
+    assert "gate, 128 charts" in report.table(*TABLES["manifold_detector"](result))
+    assert str(results) not in path.read_text()
+
+
 def test_interrupted_study_goes_on_and_refuses_other_settings(results: Path, monkeypatch, timing: ModuleType) -> None:
     import lr_sensitivity
 

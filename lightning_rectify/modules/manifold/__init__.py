@@ -13,6 +13,7 @@ from lightning_rectify.modules.manifold.geometry import bottleneck, covering_rad
 from lightning_rectify.modules.manifold.layered import LayeredNetwork, NetworkSize
 from lightning_rectify.modules.manifold.manifolds import Manifold, ParametricManifold, Sphere, Torus
 from lightning_rectify.modules.manifold.mixture import ChartMixture
+from lightning_rectify.modules.manifold.noisy_charts import noisy_charts, plane_distances
 from lightning_rectify.modules.manifold.recipes import ChartNetReport, Guarantee
 from lightning_rectify.modules.manifold.regressor import ManifoldRegressor
 from lightning_rectify.modules.manifold.regressor_settings import ChartAnswers
@@ -41,5 +42,7 @@ __all__ = [
     "fill_distance",
     "injectivity",
     "intrinsic_dimension",
+    "noisy_charts",
+    "plane_distances",
     "reach",
 ]

@@ -34,10 +34,10 @@ class ChartNet(nn.Module):
     the bounds inside the pairing are those of the start (the clamp is exact only while no value exceeds its bound:
     :meth:`refresh` sets it anew).
 
-    Modes: "paper" is the proof's network. The others depart from it, all ours: "lean" shares squares and chains between
-    charts, has two-square products, a steep gate, a bump that ends inside the ramp and an exact clamp for the pairing;
-    "p1" is lean with linear interpolation on simplices; "telescope" has a partition of unity made of the gates
-    themselves, so that f and not f times a bump is approximated; "telescope_p1" both.
+    Modes: "paper" is the proof's network. The others depart from it, all ours: "lean" shares squares between
+    charts and powers between cells, has two-square products, a steep gate, a bump that ends inside the ramp and an
+    exact clamp for the pairing; "p1" is lean with linear interpolation on simplices; "telescope" has a partition of
+    unity made of the gates themselves, so that f and not f times a bump is approximated; "telescope_p1" both.
 
     Made by :meth:`from_manifold` and :meth:`from_points`.
 

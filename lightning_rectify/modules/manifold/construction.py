@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_rectify.modules.manifold.blocks import Indicator
 from lightning_rectify.modules.manifold.charts import TangentCharts
+from lightning_rectify.modules.manifold.factored import FactoredTaylorNet
 from lightning_rectify.modules.manifold.fitting import ChartFunction, Function, least_squares
 from lightning_rectify.modules.manifold.gate import SquaredDistance
 from lightning_rectify.modules.manifold.local import LocalNet, P1Net, PolynomialNet, TaylorNet
@@ -206,6 +207,8 @@ def _local(function: ChartFunction, recipe: Recipe, grid: int, degree: int, leve
     coefficients = function.coefficients(recipe.local, grid, degree)
     if recipe.local == "p1":
         return P1Net(coefficients, dim, grid)
+    if recipe.factored:
+        return FactoredTaylorNet(coefficients, dim, grid, degree, levels, recipe.form)
     return TaylorNet(coefficients, dim, grid, degree, levels, recipe.form, recipe.shared)
 
 

@@ -25,6 +25,7 @@ class Recipe:
         slope: "bounded" (paper) or "steep" gates.
         form: "three_squares" (paper) or "two_squares".
         shared: chains of products share what they have in common; else each has its own units (paper).
+        factored: one polynomial a cell, of powers that a chart computes once; else a chain a coefficient (paper).
         radius: r as a share of the reach; the theorem asks for less than 1/4.
         cover: distance to the nearest centre as a share of r, at most.
     """
@@ -37,11 +38,21 @@ class Recipe:
     slope: Slope = "bounded"
     form: ProductForm = "three_squares"
     shared: bool = False
+    factored: bool = False
     radius: float = 0.24
     cover: float = 0.5
 
 
-_OURS = Recipe(clamp=True, buffered=True, distance="shared", slope="steep", form="two_squares", shared=True, radius=0.8)
+_OURS = Recipe(
+    clamp=True,
+    buffered=True,
+    distance="shared",
+    slope="steep",
+    form="two_squares",
+    shared=True,
+    factored=True,
+    radius=0.8,
+)
 RECIPES: dict[str, Recipe] = {
     "paper": Recipe(),
     "lean": _OURS,

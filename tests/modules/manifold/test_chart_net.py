@@ -255,6 +255,15 @@ def test_the_sphere_in_300_dimensions_takes_less_than_5e4_weights():
     assert net.to_layered().size().total <= 5e4
 
 
+def test_degree_2_on_the_sphere_in_30_dimensions():
+    """A5: 1e-3 with at most 1.3e6 weights; one product a cell keeps it below."""
+    net = ChartNet.from_manifold(Sphere(2, frame=frame(30, 3)), sphere_f, grid=8, mode="telescope")
+    x = sphere_points(4000, 30)
+    with torch.no_grad():
+        assert (net(x) - sphere_f(x)).abs().max() <= 1e-3
+    assert net.to_layered().size().total <= 1.3e6
+
+
 def test_torus():
     f = lambda x: (2 * x[:, 0]).sin() * x[:, 2] + x[:, 1]  # noqa: E731
     net = ChartNet.from_manifold(Torus(), f, grid=6, cover=0.8)

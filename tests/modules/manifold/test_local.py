@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_rectify.modules.manifold.blocks import Hat, Trapezoid
+from lightning_rectify.modules.manifold.factored import FactoredTaylorNet
 from lightning_rectify.modules.manifold.graph import ReluGraph
 from lightning_rectify.modules.manifold.layered import LayeredNetwork
 from lightning_rectify.modules.manifold.local import P1Net, PolynomialNet, TaylorNet, grid_nodes, multi_indices
@@ -38,12 +39,16 @@ def units_equal_forward(net, z, atol=1e-12):
 
 
 @pytest.mark.parametrize(("dim", "grid", "degree"), [(1, 4, 2), (1, 3, 0), (2, 3, 2), (3, 2, 1)])
-@pytest.mark.parametrize("paper", [True, False])
-def test_taylor(dim, grid, degree, paper):
+@pytest.mark.parametrize("kind", ["paper", "shared", "factored"])
+def test_taylor(dim, grid, degree, kind):
     exponents, nodes, z = multi_indices(dim, degree), grid_nodes(dim, grid), points(dim)
     coefficients = random(CHARTS, len(nodes), len(exponents))
     coefficients[1, ::2] = 0
-    net = TaylorNet(coefficients, dim, grid, degree, 20, "three_squares" if paper else "two_squares", shared=not paper)
+    if kind == "factored":
+        net = FactoredTaylorNet(coefficients, dim, grid, degree, 20, "two_squares")
+    else:
+        form = "three_squares" if kind == "paper" else "two_squares"
+        net = TaylorNet(coefficients, dim, grid, degree, 20, form, shared=kind == "shared")
     network = units_equal_forward(net, z, atol=1e-11)
     clipped = z.clamp(min=0)
     exact = torch.zeros(len(z), dtype=torch.float64)
@@ -66,6 +71,22 @@ def test_shared_chains_cost_less_and_compute_the_same():
         net = TaylorNet(coefficients, 2, 3, 2, 8, "two_squares", shared)
         sizes.append(units_equal_forward(net, z, atol=1e-11).size().total)
     assert sizes[0] < 0.5 * sizes[1]
+
+
+@pytest.mark.parametrize("levels", [2, 4, 8])
+def test_one_product_a_cell_costs_less_and_keeps_its_bound(levels):
+    coefficients, z = random(CHARTS, 81, 6), points(2)
+    exact = FactoredTaylorNet(coefficients, 2, 8, 2, 24, "two_squares")
+    net = FactoredTaylorNet(coefficients, 2, 8, 2, levels, "two_squares")
+    chains = TaylorNet(coefficients, 2, 8, 2, levels, "two_squares", shared=True)
+    ids = torch.arange(len(z)) % CHARTS
+    assert (net(z, ids) - exact(z, ids)).abs().max() <= net.error() + exact.error()
+    total = units_equal_forward(net, z, atol=1e-11).size().total
+    # 2 products a cell of 7, and 4 wide inputs in place of 2
+    assert total <= 0.5 * LayeredNetwork(chains.on(ReluGraph(CHARTS * 2).input())).size().total
+    loss = net(z, ids).sum()
+    loss.backward()
+    assert net.coefficients.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize(("dim", "grid"), [(1, 5), (2, 4), (3, 2)])
