@@ -266,6 +266,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     arguments.add_argument("--precision", default="bf16-mixed", help="of paper and paper_512; others: 32-true")
     arguments.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    arguments.add_argument("--finished", action="store_true", help="run nothing, write what has been run")
     arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
@@ -286,6 +287,8 @@ def main() -> None:
     for cell in cells:
         found = work / f"{dataset}_{cell.name}.json"
         rows.append(json.loads(found.read_text())) if found.exists() and not args.quick else todo.append(cell)
+    if args.finished:
+        cells, todo = [cell for cell in cells if cell not in todo], []
     print(f"{len(todo)} of {len(cells)} runs to do, {args.jobs} at a time", flush=True)
     job = partial(run, dataset=dataset, root=root, work=work, batch_tokens=batch_tokens)
     # A fresh process after a few runs: what torch and the allocator keep of each adds up to gigabytes.
