@@ -169,10 +169,10 @@ def judge(rows: Sequence[dict[str, Any]]) -> None:
             for earlier in ("collapse", "collapse_alarm", "gradient_1_over_50"):  # of an older rule
                 row.pop(earlier, None)
             row["failed"] = loss_at(row, update) > max(best + GAP, loss_at(row, 100) - GAP)
-            medians = {int(step): point["gradient_median"] for step, point in row["points"].items()}
-            looks = [step for step in (50, 100) if step in medians]
-            row["gradient_fall"] = {str(step): medians[1] / max(medians[step], 1e-30) for step in looks}
-            row["collapse_at"] = next((step for step in looks if collapsed(medians[1], medians[step], step)), None)
+            seen = {int(step): (at["gradient_median"], at["gradient_q95"]) for step, at in row["points"].items()}
+            looks = [step for step in (50, 100) if step in seen]
+            row["gradient_fall"] = {str(step): seen[1][0] / max(seen[step][0], 1e-30) for step in looks}
+            row["collapse_at"] = next((step for step in looks if collapsed(seen[1], seen[step], step)), None)
 
 
 def count_alarms(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
