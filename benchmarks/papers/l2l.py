@@ -13,7 +13,6 @@ after every run.
 """
 
 import argparse
-import json
 import logging
 import math
 import statistics
@@ -23,7 +22,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from single_runs import keep, run_all, split
 from timing import ROOT, data_folder, environment, output_path, parser, write_result
 
 from lightning_rectify._lightning import Callback, Trainer, seed_everything
@@ -214,9 +213,10 @@ def sources(study: Study, epsilon: float, work: Path) -> dict[str, nn.Module]:
     return found
 
 
-def make_source(method: str, epsilon: float, study: Study, work: Path) -> None:
-    """Train one of them, once."""
+def make_source(which: tuple[str, float], study: Study, work: Path) -> dict[str, Any]:
+    """Train one of them, named by method and epsilon, once."""
     torch.set_num_threads(1)
+    method, epsilon = which
     cell = Cell(method, epsilon, SOURCE_SEED)
     path = cell.path(work).with_suffix(".pt")
     if not path.exists():
@@ -224,6 +224,7 @@ def make_source(method: str, epsilon: float, study: Study, work: Path) -> None:
         module, _ = train(cell, study, work)
         torch.save(module.state_dict(), path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
+    return {}
 
 
 def run(cell: Cell, study: Study, work: Path) -> dict[str, Any]:
@@ -246,8 +247,7 @@ def run(cell: Cell, study: Study, work: Path) -> dict[str, Any]:
         "report_cpu_seconds": round(time.process_time() - begin, 1),
         "passes_against_pgd": module.passes.against_pgd(10),
     }
-    cell.path(work).write_text(json.dumps({"study": study.plain(), "row": row}))
-    return row
+    return keep(cell.path(work), study.plain(), row)
 
 
 def row_of(report: RobustReport) -> dict[str, Any]:
@@ -400,20 +400,16 @@ def main() -> None:
         ]
     prepare(study, None if args.quick else data_folder(args.data, FOLDERS), work)
     path = output_path(NAME, args.out, args.quick)
-    rows, todo = [], []
-    for cell in cells:
-        found = json.loads(cell.path(work).read_text()) if cell.path(work).exists() else {}
-        rows.append(found["row"]) if found.get("study") == study.plain() else todo.append(cell)
-    print(f"{len(todo)} of {len(cells)} runs to do, {study.epochs} epochs each, {args.jobs} at a time", flush=True)
-    begin = time.perf_counter()
-    with get_context("spawn").Pool(1 if args.quick else args.jobs, maxtasksperchild=4) as pool:
-        wanted = [(m, e, study, work) for e in sorted({cell.epsilon for cell in todo}) for m in ("standard", PGD)]
-        pool.starmap(make_source, wanted, chunksize=1)
-        for count, row in enumerate(pool.imap_unordered(partial(run, study=study, work=work), todo), start=1):
-            rows.append(row)
-            left = (time.perf_counter() - begin) / count * (len(todo) - count)
-            print(f"{describe(row)}  about {left / 60:.0f} min left", flush=True)
-            save(path, study, rows)
+    done, todo = split(cells, lambda cell: (cell.path(work), study.plain()))
+    rows, jobs = [row for _, row in done], 1 if args.quick else args.jobs
+    print(f"{len(todo)} of {len(cells)} runs to do, {study.epochs} epochs each, {jobs} at a time", flush=True)
+    wanted = [(m, e) for e in sorted({cell.epsilon for cell in todo}) for m in ("standard", PGD)]
+    for _ in run_all(partial(make_source, study=study, work=work), wanted, jobs):
+        pass
+    for _, row, left in run_all(partial(run, study=study, work=work), todo, jobs):
+        rows.append(row)
+        print(f"{describe(row)}  {left}", flush=True)
+        save(path, study, rows)
     save(path, study, rows)
     plot(summarize(rows), path.with_suffix(".png"))
 

@@ -14,7 +14,6 @@ one, and the least possible perplexity is in the result.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -24,7 +23,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ablation import OPTIMIZERS, csv_logger, draw_points, read_points
+from single_runs import keep, run_all, split
 from timing import ROOT, data_folder, environment, output_path, parser, write_result
 
 from lightning_rectify import AdaptiveRateMonitor
@@ -64,6 +63,10 @@ class Setting:
     bptt: int = 20
     epochs: int = 12
     train_size: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """All but where the text lies."""
+        return {name: value for name, value in asdict(self).items() if name != "root"}
 
     def data(self, seed: int) -> TokenData:
         """The text; its order in training is the seed's."""
@@ -133,11 +136,11 @@ def run(cell: Cell, setting: Setting, work: Path) -> dict[str, Any]:
     )  # fmt: skip
     folder, curve = work / f"{setting.dataset}_{cell.name}", Curve()
     checkpoint = partial(ModelCheckpoint, folder, enable_version_counter=False)
-    keep = checkpoint(filename="going_on", every_n_train_steps=200)
+    often = checkpoint(filename="going_on", every_n_train_steps=200)
     best = checkpoint(filename="best", monitor="val/perplexity")
     trainer = Trainer(
         accelerator="cpu", devices=1, max_epochs=setting.epochs, gradient_clip_val=setting.clip,
-        callbacks=[curve, keep, best, AdaptiveRateMonitor()], default_root_dir=folder, logger=csv_logger(folder),
+        callbacks=[curve, often, best, AdaptiveRateMonitor()], default_root_dir=folder, logger=csv_logger(folder),
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
     )  # fmt: skip
     going_on = folder / "going_on.ckpt"
@@ -155,8 +158,7 @@ def run(cell: Cell, setting: Setting, work: Path) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in module.parameters()),
         "cpu_seconds": round(time.process_time() - begin, 1),  # of the part that this process ran
     }
-    (work / f"{setting.dataset}_{cell.name}.json").write_text(json.dumps(row))
-    return row
+    return keep(work / f"{setting.dataset}_{cell.name}.json", setting.plain(), row)
 
 
 # -- the bars ----------------------------------------------------------------------------------------------------------
@@ -251,25 +253,19 @@ def main() -> None:
         setting, work = Setting(args.dataset, root, **{**sizes, **small}), args.work
         cells = [Cell(name, lr, seed) for seed in args.seeds for lr in args.lr for name in args.optimizers]
     work.mkdir(parents=True, exist_ok=True)
-    rows, todo = [], []
-    for cell in cells:
-        found = work / f"{setting.dataset}_{cell.name}.json"
-        rows.append(json.loads(found.read_text())) if found.exists() and not args.quick else todo.append(cell)
+    done, todo = split(cells, lambda cell: (work / f"{setting.dataset}_{cell.name}.json", setting.plain()))
+    rows = [row for _, row in done]
     print(f"{len(todo)} of {len(cells)} runs to do, {args.jobs} at a time", flush=True)
     data = setting.data(1)
     bars = counts(data)
     for bar in bars:
         print(f"{bar['model']}, k = {bar['k']:.3g}: test perplexity {bar['test_perplexity']}", flush=True)
-    job = partial(run, setting=setting, work=work)
-    if args.quick:
-        rows = [job(cell) for cell in todo]
-    else:
-        with get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
-            for row in pool.imap_unordered(job, todo):
-                rows.append(row)
-                print(f"{row['optimizer']} seed {row['seed']}: test perplexity {row['test_perplexity']}", flush=True)
-    settings = {**asdict(setting), "vocabulary": len(data.vocabulary), "words": len(data._encode_part("train").ids)}
-    settings.pop("root")
+    jobs = 0 if args.quick else args.jobs
+    for _, row, left in run_all(partial(run, setting=setting, work=work), todo, jobs, runs_a_process=1):
+        rows.append(row)
+        words = f"{row['optimizer']} seed {row['seed']}: test perplexity {row['test_perplexity']}, {left}"
+        print(words, flush=True)
+    settings = {**setting.plain(), "vocabulary": len(data.vocabulary), "words": len(data._encode_part("train").ids)}
     least = {"least_possible_perplexity": grammar.best_perplexity()} if setting.dataset == "grammar" else {}
     machine = {**environment(packages=("torchmetrics",)), "threads": 1}
     write_result(path, NAME, settings, rows, bars=bars, table=summarize(rows, bars), environment=machine, **least)

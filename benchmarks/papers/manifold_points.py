@@ -22,7 +22,6 @@ No setting of the charts was chosen on these seeds.
 """
 
 import argparse
-import json
 import resource
 import statistics
 import sys
@@ -31,7 +30,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +42,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from single_runs import keep, run_all, split
 from timing import ROOT, environment, output_path, parser, write_result
 
 from lightning_rectify._lightning import Trainer, seed_everything
@@ -205,8 +204,7 @@ def run(case: Case, work: Path) -> dict[str, Any]:
         row |= {"status": f"not run: a matrix of {needed / 1e9:.0f} GB"}
     else:
         row |= {"status": "measured", **measure(case)}
-    (work / case.file).write_text(json.dumps({"case": asdict(case), "row": row}))
-    return row
+    return keep(work / case.file, asdict(case), row)
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -268,10 +266,8 @@ def main() -> None:
         work = path.parent / f"{NAME}_runs"
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # before a fork: no pool of threads is lost
-    rows, todo = [], []
-    for case in chosen:
-        found = json.loads((work / case.file).read_text()) if (work / case.file).exists() else {}
-        rows.append(found["row"]) if found.get("case") == asdict(case) else todo.append(case)
+    done, todo = split(chosen, lambda case: (work / case.file, asdict(case)))
+    rows = [row for _, row in done]
     print(f"{len(todo)} of {len(chosen)} runs to do, {jobs} at a time", flush=True)
     settings = {
         "seeds": sorted({case.seed for case in chosen}),
@@ -286,13 +282,11 @@ def main() -> None:
         write(rows, table=summarize(rows))
     # A fresh process a run, so that its peak memory is its own; forked where it can be, as imports take longer than a
     # fit. A quick run stays in this one.
-    start = get_context("fork" if sys.platform == "linux" else "spawn")
-    with start.Pool(1 if args.quick else jobs, maxtasksperchild=1) as pool:
-        each = partial(run, work=work)
-        for row in map(each, todo) if args.quick else pool.imap_unordered(each, todo):
-            rows.append(row)
-            print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-            write(rows, table=summarize(rows))
+    start = "fork" if sys.platform == "linux" else "spawn"
+    for _, row, left in run_all(partial(run, work=work), todo, 0 if args.quick else jobs, 1, start):
+        rows.append(row)
+        print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()}, left, flush=True)
+        write(rows, table=summarize(rows))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Each run leaves a file below ``--work``, so that an interrupted study goes on. W
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -24,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import pairwise, product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from manifold_figure import plot
 from manifold_rivals import RATES, ambient, kernel_ridge, mlp, nearest
 from manifold_targets import TEST, Target, target
+from single_runs import keep, run_all, split
 from timing import ROOT, environment, output_path, parser, write_result
 
 from lightning_rectify.modules.manifold import ChartNet
@@ -146,8 +145,7 @@ def run(case: Case, work: Path) -> dict[str, Any]:
     predict, found = makers[case.kind](case, problem)
     row = {name: value for name, value in asdict(case).items() if name != "quick"}
     row |= {**found, **errors(predict, problem), "cpu_seconds": time.process_time() - clock}
-    (work / case.file).write_text(json.dumps({"case": asdict(case), "row": row}))
-    return row
+    return keep(work / case.file, asdict(case), row)
 
 
 def counted(predict: Callable[[Tensor], Tensor], weights: int) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
@@ -264,12 +262,8 @@ def main() -> None:
     if args.quick:
         chosen, work = quick_cases(), path.parent / f"{NAME}_runs"
     work.mkdir(parents=True, exist_ok=True)
-    rows: dict[Case, dict[str, Any]] = {}
-    for case in chosen:
-        found = json.loads((work / case.file).read_text()) if (work / case.file).exists() else {}
-        if found.get("case") == asdict(case):
-            rows[case] = found["row"]
-    todo = [case for case in chosen if case not in rows]
+    finished, todo = split(chosen, lambda case: (work / case.file, asdict(case)))
+    rows = dict(finished)
     print(f"{len(todo)} of {len(chosen)} runs to do, {args.jobs} at a time", flush=True)
     settings = {"test_points": TEST, "seeds": list(SEEDS), "steps": STEPS, "batch_size": 256}
 
@@ -278,13 +272,10 @@ def main() -> None:
         found = {**environment(packages=("scikit-learn",)), "threads": 1}
         write_result(path, NAME, settings, done, table=summarize(done), environment=found)
 
-    with get_context("spawn").Pool(1 if args.quick else args.jobs) as pool:
-        each = partial(run, work=work)
-        results = map(each, todo) if args.quick else pool.imap(each, todo)
-        for case, row in zip(todo, results, strict=True):
-            rows[case] = row
-            print({key: f"{v:.3g}" if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-            write()
+    for case, row, left in run_all(partial(run, work=work), todo, 0 if args.quick else args.jobs, runs_a_process=20):
+        rows[case] = row
+        print({key: f"{v:.3g}" if isinstance(v, float) else v for key, v in row.items()}, left, flush=True)
+        write()
     write()
     plot([rows[case] for case in chosen], path.with_suffix(".png"))
 

@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from single_runs import keep, run_all, split
 from timing import ROOT, data_folder, environment, output_path, parser, write_result
 
 from lightning_rectify import ImageClassifier, ImageData, SpectralGAN
@@ -156,8 +156,7 @@ def run(cell: Cell, study: Study, work: Path) -> dict[str, Any]:
     row["spectra"] = spectra(gan)
     row["cpu_seconds"] = round(time.process_time() - begin, 1)
     save_image((gan.sample(64, seed=0) + 1) / 2, cell.path(work).with_suffix(".png"), nrow=8)
-    cell.path(work).write_text(json.dumps({"study": asdict(study), "row": row}))
-    return row
+    return keep(cell.path(work), asdict(study), row)
 
 
 class _Batches(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
@@ -316,19 +315,13 @@ def main() -> None:
         prepare(dataset, None if dataset == "digits" else data_folder(args.data, FOLDERS[dataset]), study, work)
     # Seed by seed, so that a study cut short still compares all controls.
     grid = [Cell(*cell) for cell in ((d, w, c, s) for s in seeds for w in widths for d in datasets for c in controls)]
-    rows, todo = [], []
-    for cell in grid:
-        found = json.loads(cell.path(work).read_text()) if cell.path(work).exists() else {}
-        rows.append(found["row"]) if found.get("study") == asdict(study) else todo.append(cell)
+    done, todo = split(grid, lambda cell: (cell.path(work), asdict(study)))
+    rows = [row for _, row in done]
     print(f"{len(todo)} of {len(grid)} runs to do, {study.steps} steps each, {args.jobs} at a time", flush=True)
-    begin = time.perf_counter()
-    # A fresh process after a few runs: what torch and the allocator keep of each adds up to gigabytes.
-    with get_context("spawn").Pool(1 if args.quick else args.jobs, maxtasksperchild=4) as pool:
-        for count, row in enumerate(pool.imap_unordered(partial(run, study=study, work=work), todo), start=1):
-            rows.append(row)
-            left = (time.perf_counter() - begin) / count * (len(todo) - count)
-            print(f"{describe(row)}  about {left / 60:.0f} min left", flush=True)
-            save(path, study, work, rows)
+    for _, row, left in run_all(partial(run, study=study, work=work), todo, 1 if args.quick else args.jobs):
+        rows.append(row)
+        print(f"{describe(row)}  {left}", flush=True)
+        save(path, study, work, rows)
     save(path, study, work, rows)
     plot(summarize(rows), rows, path.with_suffix(".png"))
 

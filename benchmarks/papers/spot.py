@@ -14,7 +14,6 @@ No setting was chosen on these seeds.
 """
 
 import argparse
-import json
 import resource
 import statistics
 import sys
@@ -22,7 +21,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from single_runs import keep, run_all, split
 from timing import ROOT, output_path, parser, write_result
 
 from lightning_rectify._lightning import Trainer, seed_everything
@@ -159,8 +158,7 @@ def run(job: tuple[Case, int], work: Path) -> dict[str, Any]:
     row |= {"cpu_seconds": round(time.process_time() - cpu, 1), "seconds": round(time.perf_counter() - clock, 1)}
     row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # of the process, torch included
     row = {"group": case.group, "name": case.name, "seed": seed, **row}
-    path_of(job, work).write_text(json.dumps({"case": asdict(case), "row": row}))
-    return row
+    return keep(path_of(job, work), asdict(case), row)
 
 
 def play(case: Case, seed: int) -> dict[str, Any]:
@@ -278,20 +276,18 @@ def main() -> None:
         ]
         seeds, work, jobs = [1], path.parent / "spot_runs", 1
     work.mkdir(parents=True, exist_ok=True)
-    rows, todo = [], []
-    for job in [(case, seed) for seed in seeds for case in chosen]:  # seed by seed: a study cut short has all lines
-        found = json.loads(path_of(job, work).read_text()) if path_of(job, work).exists() else {}
-        rows.append(found["row"]) if found.get("case") == asdict(job[0]) else todo.append(job)
+    every = [(case, seed) for seed in seeds for case in chosen]  # seed by seed: a study cut short has all lines
+    done, todo = split(every, lambda each: (path_of(each, work), asdict(each[0])))
+    rows = [row for _, row in done]
     print(f"{len(todo)} of {len(rows) + len(todo)} runs to do, {jobs} at a time", flush=True)
     settings = {"seeds": seeds, "rows": args.rows, "pairs": 20_000}
     if not todo:
         write_result(path, NAME, settings, rows, table=summarize(rows))
     # A fresh process a run, so that its peak memory is its own.
-    with get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        for row in pool.imap_unordered(partial(run, work=work), todo):
-            rows.append(row)
-            print({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-            write_result(path, NAME, settings, rows, table=summarize(rows))
+    for _, row, left in run_all(partial(run, work=work), todo, jobs, runs_a_process=1):
+        rows.append(row)
+        print({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}, left, flush=True)
+        write_result(path, NAME, settings, rows, table=summarize(rows))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ a minute, "joint" about 6.
 """
 
 import argparse
-import json
 import logging
 import statistics
 import sys
@@ -26,7 +25,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from single_runs import keep, run_all, split
 from timing import ROOT, data_folder, environment, output_path, parser, write_result
 
 from lightning_rectify._lightning import Trainer, seed_everything
@@ -142,8 +141,7 @@ def run(cell: Cell, study: Study, folder: str, work: Path) -> dict[str, Any]:
         row["accuracy_best_of_test"] = None
     row |= {"seconds": round(time.perf_counter() - clock, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     work.mkdir(parents=True, exist_ok=True)
-    cell.path(work).write_text(json.dumps({"study": asdict(study), "row": row}))
-    return row
+    return keep(cell.path(work), asdict(study), row)
 
 
 def quiet() -> None:
@@ -240,23 +238,14 @@ def main() -> None:
             for method in args.methods
         ]
         folder, work, jobs = str(Path(data_folder(args.data, ("mnist",))).parent), args.work, args.jobs
-    rows, todo = [], []
-    for cell in cells:
-        found = json.loads(cell.path(work).read_text()) if cell.path(work).exists() else {}
-        rows.append(found["row"]) if found.get("study") == asdict(study) else todo.append(cell)
+    done, todo = split(cells, lambda cell: (cell.path(work), asdict(study)))
+    rows = [row for _, row in done]
     print(f"{len(todo)} of {len(cells)} runs to do, {jobs} at a time", flush=True)
-    begin = time.perf_counter()
-    with get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
-        work_on = partial(run, study=study, folder=folder, work=work)
-        for count, row in enumerate(pool.imap_unordered(work_on, todo), start=1):
-            rows.append(row)
-            left = (time.perf_counter() - begin) / count * (len(todo) - count)
-            words = f"{row['direction']}, {row['frame']} frame, {row['method']}, seed {row['seed']}"
-            print(
-                f"{words}: {100 * row['accuracy']:.2f} %, {row['seconds']:.0f} s, about {left / 60:.0f} min left",
-                flush=True,
-            )
-            save(path, study, rows)
+    for _, row, left in run_all(partial(run, study=study, folder=folder, work=work), todo, jobs):
+        rows.append(row)
+        words = f"{row['direction']}, {row['frame']} frame, {row['method']}, seed {row['seed']}"
+        print(f"{words}: {100 * row['accuracy']:.2f} %, {row['seconds']:.0f} s, {left}", flush=True)
+        save(path, study, rows)
     save(path, study, rows)
 
 

@@ -13,7 +13,6 @@ Each run leaves a file below ``--work``, so that an interrupted study goes on.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,7 +20,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ablation import OPTIMIZERS, csv_logger, draw_points, read_points
+from single_runs import keep, run_all, split
 from timing import ROOT, data_folder, environment, output_path, parser, write_result
 
 from lightning_rectify import AdaptiveRateMonitor, TranslationData, Translator
@@ -144,8 +143,7 @@ def run(cell: Cell, dataset: str, root: str, work: Path, batch_tokens: int) -> d
     row["collapse"] = ("collapse", "model") in monitor.alarms
     row["val"] = {name: round(float(value), 4) for name, value in final.items()}
     row["cpu_seconds"] = round(time.process_time() - begin, 1)
-    (work / f"{dataset}_{cell.name}.json").write_text(json.dumps(row))
-    return row
+    return keep(work / f"{dataset}_{cell.name}.json", {"batch_tokens": batch_tokens}, row)
 
 
 def shape_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -284,24 +282,16 @@ def main() -> None:
         cells = [cell for group in args.groups for cell in grid(group, args.seeds, args.precision)]
     work.mkdir(parents=True, exist_ok=True)
     data_of(root, dataset, 1, work / f"{dataset}.model", batch_tokens).prepare_data()
-    rows, todo = [], []
-    for cell in cells:
-        found = work / f"{dataset}_{cell.name}.json"
-        rows.append(json.loads(found.read_text())) if found.exists() and not args.quick else todo.append(cell)
+    done, todo = split(cells, lambda cell: (work / f"{dataset}_{cell.name}.json", {"batch_tokens": batch_tokens}))
+    rows = [row for _, row in done]
     if args.finished:
-        cells, todo = [cell for cell in cells if cell not in todo], []
+        cells, todo = [cell for cell, _ in done], []
     print(f"{len(todo)} of {len(cells)} runs to do, {args.jobs} at a time", flush=True)
     job = partial(run, dataset=dataset, root=root, work=work, batch_tokens=batch_tokens)
-    # A fresh process after a few runs: what torch and the allocator keep of each adds up to gigabytes.
-    with get_context("spawn").Pool(1 if args.quick else args.jobs, maxtasksperchild=4) as pool:
-        for count, row in enumerate(pool.imap_unordered(job, todo), start=1):
-            rows.append(row)
-            print(
-                f"{count}/{len(todo)} {row['width']}/{row['depth']} {row['norm']} {row['lr']:g} {row['optimizer']} "
-                f"seed {row['seed']}: nll {row['last_20_nll']:.3f}, alarm {row['collapse']}, "
-                f"{row['cpu_seconds']} s",
-                flush=True,
-            )
+    for cell, row, left in run_all(job, todo, 1 if args.quick else args.jobs):
+        rows.append(row)
+        said = f"nll {row['last_20_nll']:.3f}, alarm {row['collapse']}, {row['cpu_seconds']} s"
+        print(f"{cell.name}: {said}, {left}", flush=True)
     settings = {"dataset": dataset, "batch_tokens": batch_tokens, "vocabulary": 8000, "dropout": 0.1, "clip": 25}
     machine = {**environment(packages=("torchmetrics", "sentencepiece")), "threads": 1}
     shapes, optimizers = list(dict.fromkeys(shape_of(asdict(cell)) for cell in cells)), list(OPTIMIZERS)

@@ -9,6 +9,9 @@ from torch import Tensor
 def farthest_points(points: Tensor, distance: float, most: int | None = None) -> Tensor:
     """Farthest point sampling (Gonzalez 1985): each next point is the one farthest from those chosen.
 
+    Of points equally far (to half the digits of their type) it takes the first: on a symmetric manifold there are many,
+    and rounding in another D must not choose for us.
+
     Args:
         points: shape (N, D).
         distance: stop when every point is within this distance of a chosen one.
@@ -22,10 +25,10 @@ def farthest_points(points: Tensor, distance: float, most: int | None = None) ->
     """
     if distance < 0.0:
         raise ValueError(f"Expected argument `distance` to be at least 0 but got {distance}.")
-    chosen = [0]
+    chosen, equal = [0], 1.0 - math.sqrt(torch.finfo(points.dtype).eps)
     gaps = (points - points[0]).square().sum(1)
     while len(chosen) < (len(points) if most is None else most) and gaps.max().item() > distance**2:
-        chosen.append(int(gaps.argmax()))
+        chosen.append(int((gaps >= equal * gaps.max()).int().argmax()))
         gaps = torch.minimum(gaps, (points - points[chosen[-1]]).square().sum(1))
     return torch.tensor(chosen)
 
