@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from report_l2l import TABLES as L2L_TABLES
 from report_manifold import TABLES as MANIFOLD_TABLES
 from timing import RESULTS, ROOT
 
@@ -352,7 +353,10 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "spectral_gan.fashion_mnist_fd": spectral_gan("fashion_mnist", "fd", 1),
     "spectral_gan.cifar10_kid": spectral_gan("cifar10", "kid", 1000),
     "spectral_gan.cifar10_fd": spectral_gan("cifar10", "fd", 1),
-    **{name: (lambda result, make=make: table(*make(result))) for name, make in MANIFOLD_TABLES.items()},
+    **{
+        name: (lambda result, make=make: table(*make(result)))
+        for name, make in {**L2L_TABLES, **MANIFOLD_TABLES}.items()
+    },
 }
 
 
