@@ -8,6 +8,7 @@ environment variable ``RECTIFY_LIGHTNING`` (for the command line, where nothing 
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         SaveConfigCallback,
     )
     from pytorch_lightning.loggers import Logger, TensorBoardLogger
+    from pytorch_lightning.plugins.io import TorchCheckpointIO
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
     from pytorch_lightning.utilities.exceptions import _TunerExitException as EndFit
     from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -51,6 +53,7 @@ else:
     BasePredictionWriter, ModelCheckpoint = _callbacks.BasePredictionWriter, _callbacks.ModelCheckpoint
     _loggers = import_module(f"{NAME}.loggers")
     Logger, TensorBoardLogger = _loggers.Logger, _loggers.TensorBoardLogger
+    TorchCheckpointIO = import_module(f"{NAME}.plugins.io").TorchCheckpointIO
     _exceptions = import_module(f"{NAME}.utilities.exceptions")
     MisconfigurationException = _exceptions.MisconfigurationException
     # Private, but it is how a callback ends ``fit`` before its first step without an error: Lightning's own finder of
@@ -88,6 +91,36 @@ def _nothing() -> None:
     pass
 
 
+def log_next(module: Any, name: str, value: Any, batch_size: int | None) -> bool:
+    """Update a key that ``module.log`` took, with the same options, in the hook that runs now.
+
+    ``LightningModule.log`` walks through all attributes of a key's metric at each call, which costs a small network a
+    twentieth of its step. What it then does with the value is all that is done here.
+
+    Returns:
+        False, with nothing done, where ``log`` is needed: for a new key or device, at an epoch's first batch, without a
+        Trainer, or if this Lightning keeps its results elsewhere.
+    """
+    try:
+        hook, trainer = module._current_fx_name, module._trainer
+        if trainer is None or batch_size is None or trainer._logger_connector._current_fx != hook:
+            return False
+        results = trainer._results
+        kept = None if results is None or results.dataloader_idx is not None else results.get(f"{hook}.{name}")
+        if kept is None or kept.meta.enable_graph:
+            return False
+        if kept.is_tensor:
+            if not getattr(value, "is_floating_point", bool)() or value.device != kept.value.device:
+                return False
+            value = value.detach()
+        elif value is not kept.value:
+            return False
+        results.update_metrics(f"{hook}.{name}", value, batch_size)
+    except AttributeError:
+        return False
+    return True
+
+
 def allow_unused_parameters(strategy: Any) -> bool:
     """Make a DDP strategy that is not set up yet search each graph for the parameters it used.
 
@@ -99,6 +132,28 @@ def allow_unused_parameters(strategy: Any) -> bool:
         return False
     options["find_unused_parameters"] = True
     return True
+
+
+def requeue_handler() -> Any:
+    """What Lightning does at SIGUSR1 in a SLURM job with ``auto_requeue``; None without one.
+
+    Its class is private: it is known by where it is defined.
+    """
+    handler = signal.getsignal(signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else None
+    return handler if type(handler).__module__.endswith(".trainer.connectors.signal_connector") else None
+
+
+def restore_loaders(trainer: Any) -> None:
+    """Put the training loaders where the checkpoint that is resumed left them, if Lightning has not.
+
+    Lightning does it when it makes the loaders. A module that asks for ``trainer.estimated_stepping_batches`` in
+    ``configure_optimizers`` has them made before the checkpoint's loops are read; the position is then forgotten, and
+    the epoch begins anew. To be called when training starts, before the first batch is drawn.
+    """
+    loop = trainer.fit_loop
+    if getattr(loop, "_combined_loader_states_to_load", None) and loop._data_fetcher is not None:
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)  # the iterators made before know nothing of it
 
 
 __all__ = [
@@ -116,11 +171,15 @@ __all__ = [
     "OptimizerCallable",
     "SaveConfigCallback",
     "TensorBoardLogger",
+    "TorchCheckpointIO",
     "Trainer",
     "allow_unused_parameters",
+    "log_next",
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",
+    "requeue_handler",
+    "restore_loaders",
     "seed_everything",
     "uncounted",
 ]

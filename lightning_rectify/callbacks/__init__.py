@@ -2,6 +2,7 @@
 
 from lightning_rectify.callbacks.adaptive_rate import AdaptiveRateMonitor
 from lightning_rectify.callbacks.average import CheckpointAverage
+from lightning_rectify.callbacks.requeue import RequeueBetweenSteps
 from lightning_rectify.callbacks.robustness import RobustnessMonitor, RobustReport, robust_report
 from lightning_rectify.callbacks.samples import SampleGrid, SampleWriter
 from lightning_rectify.callbacks.spectrum import SpectrumMonitor
@@ -14,6 +15,7 @@ __all__ = [
     "CheckpointAverage",
     "PlanFigure",
     "PlanHistory",
+    "RequeueBetweenSteps",
     "RobustReport",
     "RobustnessMonitor",
     "SampleGrid",

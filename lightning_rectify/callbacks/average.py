@@ -16,8 +16,7 @@ from lightning_rectify._lightning import (
     rank_zero_warn,
 )
 from lightning_rectify.callbacks._logs import replacing
-
-AVERAGED_FROM = "lightning_rectify_averaged_from"
+from lightning_rectify.checkpoints import AVERAGED_FROM, require_whole
 
 
 class CheckpointAverage(ModelCheckpoint):
@@ -194,6 +193,7 @@ def _read(file: Path) -> dict[str, Any]:
     """A checkpoint whose tensors stay on disk until they are used."""
     if file.is_dir():
         raise ValueError(f"Expected each of `paths` to be a file but got the folder {str(file)!r} (sharded weights?).")
+    require_whole(file)
     checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     if "state_dict" not in checkpoint or "global_step" not in checkpoint:
         raise ValueError(f"Expected each of `paths` to be a checkpoint of Lightning but got {str(file)!r}.")

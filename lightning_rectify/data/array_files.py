@@ -32,7 +32,7 @@ def read_samples(name: str, source: Source | None) -> Tensor:
             )
         if not path.is_file():
             raise FileNotFoundError(f"Expected argument `{name}` to be a file but found none at {str(path)!r}.")
-        data = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _read_csv(name, path)
+        data = _read_npy(name, path) if path.suffix == ".npy" else _read_csv(name, path)
     tensor = torch.as_tensor(data).detach().to(torch.float32)
     if tensor.ndim == 0 or len(tensor) == 0:
         raise ValueError(f"Expected argument `{name}` to hold samples, shape (N, ...), but got {tuple(tensor.shape)}.")
@@ -41,9 +41,20 @@ def read_samples(name: str, source: Source | None) -> Tensor:
     return tensor[:, None] if tensor.ndim == 1 else tensor
 
 
+def _read_npy(name: str, path: Path) -> NDArray[Any]:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"Expected argument `{name}` to be a whole .npy file of numbers but got {str(path)!r}: {error}"
+        ) from error
+
+
 def _read_csv(name: str, path: Path) -> NDArray[np.float64]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:  # loadtxt is to complain, with the file's name
         first = file.readline()
+    if not first:
+        raise ValueError(f"Expected argument `{name}` to be a file of numbers but got {str(path)!r}, which is empty.")
     try:
         [float(word) for word in first.split(",")]
         names = 0
@@ -53,5 +64,5 @@ def _read_csv(name: str, path: Path) -> NDArray[np.float64]:
         return np.loadtxt(path, delimiter=",", skiprows=names, ndmin=2)
     except ValueError as error:
         raise ValueError(
-            f"Expected argument `{name}` to be a file of numbers, {path.name}, but got: {error}"
+            f"Expected argument `{name}` to be a file of numbers but got {str(path)!r}: {error}"
         ) from error

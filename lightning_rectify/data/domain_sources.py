@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rectify.data.image_datasets import resize
-from lightning_rectify.data.image_sources import SOURCES, folder, in_memory, open_part
+from lightning_rectify.data.image_sources import SOURCES, folder, in_memory, open_image, open_part
 
 Images = tuple[Tensor, Tensor]
 
@@ -122,16 +122,10 @@ def read_photos(path: str) -> list[NDArray[np.uint8]]:
     Raises:
         FileNotFoundError: if there are none.
     """
-    from PIL import Image
-
     files = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in _SUFFIXES)
     if not files:
         raise FileNotFoundError(f"Expected argument `photos` to be {_PHOTOS}, but found none in {path!r}.")
-    photos = []
-    for file in files:
-        with Image.open(file) as image:
-            photos.append(np.asarray(image.convert("RGB"), dtype=np.uint8))
-    return photos
+    return [np.asarray(open_image(file), dtype=np.uint8) for file in files]
 
 
 def count_classes(name: str, root: str | None) -> int:
@@ -182,8 +176,4 @@ def _read_mnist_m(root: Path, test: bool) -> Images:
 
 
 def _decode(file: Path) -> Tensor:
-    from PIL import Image
-
-    with Image.open(file) as image:
-        pixels = np.array(image.convert("RGB"), dtype=np.uint8)
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return torch.from_numpy(np.array(open_image(file), dtype=np.uint8)).permute(2, 0, 1)[None]

@@ -1,5 +1,7 @@
 """What is known about each image dataset, and how its two parts are read."""
 
+import pickle
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,9 @@ class ImageSource:
         return self.torchvision in ("ImageNet", "ImageFolder")
 
 
+# How the readers of torchvision stumble over a file that is not what it should be.
+_DAMAGED = (EOFError, ValueError, AssertionError, LookupError, TypeError, pickle.UnpicklingError, zlib.error)
+
 _SPLIT: tuple[dict[str, Any], dict[str, Any]] = ({"split": "train"}, {"split": "test"})
 
 SOURCES: dict[str, ImageSource] = {
@@ -100,6 +105,26 @@ def folder(root: str, test: bool) -> Path:
     return next((path for name in ("test", "val") if (path := Path(root) / name).is_dir()), Path(root) / "test")
 
 
+def open_image(file: str | Path) -> Any:
+    """An image file as a PIL image in RGB, all of it decoded.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is damaged, or no image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:  # PIL calls a damaged PNG a syntax error
+        raise ValueError(
+            f"Expected {str(file)!r} to be a whole image file but got: {error}. Put a good copy in its place."
+        ) from error
+
+
 def open_part(source: ImageSource, root: str, test: bool, download: bool = False) -> Any:
     """The training or the test part as a torchvision dataset.
 
@@ -111,22 +136,32 @@ def open_part(source: ImageSource, root: str, test: bool, download: bool = False
 
     Raises:
         FileNotFoundError: if the data is not there.
+        ValueError: if a file is damaged.
     """
     from torchvision import datasets
 
     make: Callable[..., Any] = getattr(datasets, source.torchvision or "")
+    options: dict[str, Any] = {"loader": open_image} if source.on_disk else {}
     try:
         if source.torchvision == "ImageFolder":
-            return make(str(folder(root, test)))
+            return make(str(folder(root, test)), **options)
         # ImageNet's class is the one that has no argument `download`.
-        return make(root, **source.options[test], **({"download": True} if download and source.downloads else {}))
+        options |= {"download": True} if download and source.downloads else {}
+        return make(root, **source.options[test], **options)
+    except _DAMAGED as error:
+        raise ValueError(
+            f"Expected argument `root` to be a folder that holds {source.path} but a file of it in "
+            f"{str(Path(root).absolute())!r} is cut short or damaged ({type(error).__name__}: {error}). Put a good "
+            f"copy of {source.torchvision} there."
+        ) from error
     except (RuntimeError, OSError) as error:
         if download:
             raise  # no network, a full disk: not for us to explain
         hint = ", or pass `download=True`" if source.downloads else ""
         raise FileNotFoundError(
             f"Expected argument `root` to be a folder that holds {source.path} but found no usable data in "
-            f"{str(Path(root).absolute())!r} ({error}). Put {source.torchvision} there{hint}."
+            f"{str(Path(root).absolute())!r} ({error}). Put {source.torchvision} there, in place of what may be "
+            f"damaged{hint}."
         ) from error
 
 

@@ -201,6 +201,8 @@ class TokenData(LightningDataModule):
         left = size
         for path in self._paths(part):
             lines = read_lines(path)
+            if not lines:
+                raise ValueError(f"Expected {path} to hold at least one line but got none.")
             if left is None:
                 yield lines
                 continue

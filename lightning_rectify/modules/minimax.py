@@ -247,11 +247,14 @@ class MinimaxModule(RectifiedModule):
         self.log_dict(losses, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
         if self.lr_scheduler_interval == "step":
             self._step_schedulers()
+        elif self.trainer.is_last_batch:
+            # Not at the epoch's end: a run that goes on from a checkpoint of this batch does not come there again.
+            self._step_schedulers(plateau=False)
 
     def on_train_epoch_end(self) -> None:
-        """Step the schedulers that count epochs."""
+        """Step the schedulers that count epochs and wait for the metric of a validation."""
         if self.lr_scheduler_interval == "epoch":
-            self._step_schedulers()
+            self._step_schedulers(plateau=True)
 
     # -- a round -------------------------------------------------------------------------------------------------------
 
@@ -266,7 +269,7 @@ class MinimaxModule(RectifiedModule):
                 def of_this_turn(batch: Any, loss: Any = loss, player: str = player, turn: int = turn) -> Tensor:
                     return loss(self.turn_batch(batch, player, turn))
 
-                with self.toggled_optimizer(optimizer):
+                with self._alone(optimizer):
                     losses += self._accumulate(player, [optimizer], window, of_this_turn)
                     self._step(player, optimizer, counted=last)
             means[f"train/loss_{player}"] = torch.stack(losses).mean()
@@ -308,14 +311,32 @@ class MinimaxModule(RectifiedModule):
         yield from zip(self.players, optimizers if isinstance(optimizers, list) else [optimizers], strict=True)
 
     @contextmanager
+    def _alone(self, optimizer: Any) -> Iterator[None]:
+        """The parameters of the other optimizers need no gradient meanwhile."""
+        # Lightning's toggled_optimizer is not in 2.5, and takes longer.
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        groups = (group for other in self.trainer.optimizers for group in other.param_groups)
+        others = [p for group in groups for p in group["params"] if p.requires_grad and id(p) not in own]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    @contextmanager
     def _ranks_meet(self, meet: bool) -> Iterator[None]:
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         with nullcontext() if meet or block is None else block():
             yield
 
-    def _step_schedulers(self) -> None:
+    def _step_schedulers(self, plateau: bool | None = None) -> None:
+        """Step all schedulers, or only those that do, or do not, read a metric."""
         schedulers: Any = self.lr_schedulers()
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers] if schedulers else []:
+            if plateau is not None and isinstance(scheduler, ReduceLROnPlateau) is not plateau:
+                continue
             if isinstance(scheduler, ReduceLROnPlateau):
                 monitor = getattr(scheduler, "monitor", "val/loss")
                 value = self.trainer.callback_metrics.get(monitor)

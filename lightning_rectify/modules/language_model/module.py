@@ -125,7 +125,7 @@ class LanguageModel(RectifiedModule):
         super().on_save_checkpoint(checkpoint)
         if self.vocabulary is not None:
             checkpoint[_VOCABULARY] = list(self.vocabulary.words)
-        states = self._states.pending
+        states = self._states.pending if self._saved is None else self._saved  # loaded, and no step taken since
         if states is None and (local := self._states.local()) is not None:
             ranks = self.trainer.world_size
             states = of_all_ranks(torch.as_tensor(self.all_gather(local))) if ranks > 1 else local

@@ -54,10 +54,10 @@ class PartedModule(AdaptationModule):
         if self.averages is not None:
             self.averages.eval()
 
-    def _step_schedulers(self) -> None:
+    def _step_schedulers(self, plateau: bool | None = None) -> None:
         with warnings.catch_warnings():  # of a player that rests in this part of the run
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            super()._step_schedulers()
+            super()._step_schedulers(plateau)
 
     def configure_optimizers(self) -> Any:
         """One optimizer a player; rates that are held and then fall, unless there is a schedule already."""
