@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
@@ -31,8 +32,15 @@ def refuse_sharded(modules: Iterable[nn.Module], callback: str) -> None:
                 continue
             raise ValueError(
                 f"Expected the weights that {callback} looks at to be whole on each process but got sharded ones "
-                f"({found}); use a strategy that replicates them, such as 'ddp'."
+                f"({found}); use a strategy that replicates them, such as 'ddp', or leave {callback} out."
             )
+
+
+def reshard(module: nn.Module) -> None:
+    """Put FSDP2's shards, which the optimizer has, back in the place of whole weights that an evaluation left."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _is_weight(module: nn.Module, name: str) -> bool:

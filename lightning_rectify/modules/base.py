@@ -1,6 +1,8 @@
 """``RectifiedModule``: what every module of the package, and every module a user builds on it, has in common."""
 
 import inspect
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -9,12 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify._lightning import LightningModule, LRSchedulerCallable, OptimizerCallable
+from lightning_rectify._lightning import (
+    LightningModule,
+    LRSchedulerCallable,
+    OptimizerCallable,
+    log_next,
+    restore_loaders,
+)
+from lightning_rectify.checkpoints import require_whole
+from lightning_rectify.modules.sharding import class_of, number_as_module, shard
 from lightning_rectify.optim.rectified_adam import RectifiedAdam
 
 _RANDOM_STATE = "lightning_rectify_random_state"
+# Lightning's classmethod that refuses to be called on an instance: its result would be thrown away.
+_class_only: Any = type(LightningModule.__dict__["load_from_checkpoint"])
 #: Key of a checkpoint that names the module's class, for the command line.
 CLASS_PATH = "lightning_rectify_class_path"
+_NOT_SUPPORTED = ("FSDP", "DeepSpeed")  # in the names of strategies
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -68,6 +81,7 @@ class RectifiedModule(LightningModule):
         self.lr_scheduler_interval = lr_scheduler_interval
         self._compile = compile
         self._random_state: dict[str, Tensor] | None = None
+        self._logged_as: dict[str, Any] = {}  # options of each key
         self.save_hyperparameters()
 
     # -- hooks to override ---------------------------------------------------------------------------------------------
@@ -90,14 +104,47 @@ class RectifiedModule(LightningModule):
         """The submodules that ``compile=True`` compiles: by default each child that has parameters."""
         return [child for child in self.children() if next(child.parameters(), None) is not None]
 
+    def sharded_layers(self) -> Iterable[nn.Module]:
+        """The submodules that FSDP2 gathers one at a time in training; all others are whole for a step.
+
+        Override for a large network. Name submodules that training uses by calling them and in no other way (their
+        weights are elsewhere while another one runs)::
+
+            def sharded_layers(self):
+                return self.network.blocks
+        """
+        return ()
+
+    def check_strategy(self) -> None:
+        """Refuse strategies that were not made to work; override to try one.
+
+        Raises:
+            ValueError: for FSDP 1 and DeepSpeed.
+        """
+        name = type(self.trainer.strategy).__name__
+        if any(word in name for word in _NOT_SUPPORTED):
+            raise ValueError(
+                f"Expected the Trainer's `strategy` for {type(self).__name__} to be 'auto', 'ddp' or "
+                f"ModelParallelStrategy (FSDP2, configs/trainer/fsdp.yaml) but got {name}: it keeps weights, gradients "
+                "and second moments in flat pieces of its own, which parameter groups, the weighting of batches and "
+                "AdaptiveRateMonitor cannot read."
+            )
+
     # -- Lightning's hooks ---------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Compile the networks in place, once (``nn.Module.compile`` leaves the state dict's keys alone)."""
+        """Compile the networks in place and, under ``ModelParallelStrategy``, shard the weights; each once.
+
+        Keys of the state dict do not change (``nn.Module.compile`` leaves them alone, as FSDP2 does).
+        """
+        if self._trainer is not None:  # there is none in load_from_checkpoint
+            self.check_strategy()
         if self._compile:
             for network in self.networks():
                 network.compile()
             self._compile = False
+        if self.device_mesh is not None:
+            shard(self, self.sharded_layers(), self.device_mesh)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over ``parameter_groups()``, with its scheduler if there is one."""
@@ -115,8 +162,15 @@ class RectifiedModule(LightningModule):
         self.check_finite(loss, player="model")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the random state of every rank, and the name of the class."""
-        checkpoint[CLASS_PATH] = f"{type(self).__module__}.{type(self).__qualname__}"
+        """Add the random state of every rank, and the name of the class; number parameters as the module does."""
+        cls = class_of(self)
+        checkpoint[CLASS_PATH] = f"{cls.__module__}.{cls.__qualname__}"
+        if saved := checkpoint.get("optimizer_states"):
+            pairs = zip(self.trainer.optimizers, saved, strict=True)
+            checkpoint["optimizer_states"] = [number_as_module(self, optimizer, state) for optimizer, state in pairs]
+        if self._random_state is not None:  # loaded, and no step taken since
+            checkpoint[_RANDOM_STATE] = self._random_state
+            return
         states = self._random_states()
         if self.trainer.world_size > 1:
             states = {name: torch.as_tensor(self.all_gather(state)).cpu() for name, state in states.items()}
@@ -124,12 +178,25 @@ class RectifiedModule(LightningModule):
             states = {name: state.unsqueeze(0) for name, state in states.items()}
         checkpoint[_RANDOM_STATE] = states
 
+    @_class_only
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """A module of this class from a checkpoint; arguments are Lightning's.
+
+        Raises:
+            BrokenCheckpointError: if the file is damaged (torch would not see a changed number).
+        """
+        if isinstance(checkpoint_path, (str, os.PathLike)):
+            require_whole(os.fspath(checkpoint_path))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random states until training goes on."""
         self._random_state = checkpoint.get(_RANDOM_STATE)
 
     def on_train_start(self) -> None:
-        """Go on with this rank's random state; a rank that has none saved draws a stream of its own."""
+        """Go on with this rank's random state and data; a rank that has no state saved draws a stream of its own."""
+        if self._trainer is not None:
+            restore_loaders(self._trainer)
         saved, self._random_state = self._random_state, None
         if self.global_rank > 0:
             # One seed serves all ranks, and all would drop the same features. Not seed + rank: that is rank 0 of the
@@ -155,6 +222,14 @@ class RectifiedModule(LightningModule):
         elif self.device.type == name:
             torch.cuda.set_rng_state(state, self.device)
 
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning's ``log``; a key's later values, with the same options, skip what it did for the first one."""
+        options = args, {**kwargs, "batch_size": None}
+        if self._logged_as.get(name) == options and log_next(self, name, value, kwargs.get("batch_size")):
+            return
+        super().log(name, value, *args, **kwargs)
+        self._logged_as[name] = options
+
     def check_finite(self, loss: Tensor, player: str) -> None:
         """Raise unless the loss is finite.
 
@@ -165,7 +240,7 @@ class RectifiedModule(LightningModule):
         Raises:
             NonFiniteLossError: if the loss is NaN or infinite.
         """
-        if not torch.isfinite(loss.detach()).all():
+        if not math.isfinite(loss.item()):
             raise NonFiniteLossError(
                 f"The loss of player {player!r} is {loss.detach().float().item()} at step {self.trainer.global_step} "
                 f"(epoch {self.trainer.current_epoch}); expected a finite number. It reached no weight: "

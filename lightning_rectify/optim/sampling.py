@@ -36,6 +36,7 @@ class CoordinateSample:
         #: index of the tensor that each sampled coordinate belongs to, shape (n,)
         self.owners: np.ndarray = owners
         self.sharded = any(isinstance(tensor, DTensor) for tensor in tensors)
+        held_here = []
         self._parts: list[tuple[int, Tensor | None, Tensor | None, int]] = []
         for owner in np.unique(owners):
             tensor = tensors[owner]
@@ -43,6 +44,9 @@ class CoordinateSample:
             local, held = _local_indices(tensor, inside) if isinstance(tensor, DTensor) else (inside, None)
             index = None if whole and held is None else local.to(tensor.device)
             self._parts.append((int(owner), index, held, len(inside)))
+            held_here.append(torch.ones(len(inside), dtype=torch.bool) if held is None else held)
+        #: which of the coordinates this process holds, shape (n,); all but those of other processes' shards
+        self.held = torch.cat(held_here) if held_here else torch.zeros(0, dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.owners)

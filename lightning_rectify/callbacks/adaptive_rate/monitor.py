@@ -16,6 +16,7 @@ from lightning_rectify._lightning import (
     rank_zero_warn,
 )
 from lightning_rectify.callbacks._logs import add_layout, is_dry, require_logger, run_folder, writers
+from lightning_rectify.callbacks._sharded import reshard
 from lightning_rectify.callbacks.adaptive_rate.alarms import AdaptiveRateWarning, GroupAlarms
 from lightning_rectify.callbacks.adaptive_rate.dashboard import (
     PREFIX,
@@ -124,6 +125,7 @@ class AdaptiveRateMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers, hook their steps, lay out the dashboard."""
         optimizers = self._watchable(trainer)
+        reshard(pl_module)
         names: dict[Tensor, str] = {param: name for name, param in pl_module.named_parameters()}
         rows = min(trainer.log_every_n_steps or _MOST_ROWS, _MOST_ROWS)  # type: ignore[attr-defined]
         for optimizer, keys in zip(optimizers, group_keys(optimizers), strict=True):
@@ -232,7 +234,7 @@ class AdaptiveRateMonitor(Callback):
 
     def _flush(self, trainer: Trainer, watch: OptimizerWatch) -> None:
         by_step: dict[int, dict[str, float]] = {}
-        for unit, block in watch.blocks(lambda tensor: _sum_over_processes(trainer, tensor)):
+        for unit, block in watch.blocks(_sum_over_processes):
             points = measure(block)
             for i, step in enumerate(points.step):
                 row = by_step.setdefault(int(step), {})
@@ -286,5 +288,6 @@ class AdaptiveRateMonitor(Callback):
         self._handles, self._watches, self._store, self._latest = [], [], None, {}
 
 
-def _sum_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
-    return torch.as_tensor(trainer.strategy.reduce(tensor, reduce_op="sum"))
+def _sum_over_processes(tensor: Tensor) -> Tensor:
+    torch.distributed.all_reduce(tensor)  # not the strategy's `reduce`, which waits at a barrier before
+    return tensor

@@ -143,13 +143,16 @@ class OptimizerWatch:
         """Empty the buffer: one block a unit, without points of steps that a gradient scaler skipped.
 
         Args:
-            reduce: sums a tensor over processes; called once, and only where state is sharded.
+            reduce: sums a tensor over processes, maybe in place; called once, and only where state is sharded.
         """
         if not self._rows:
             return
         readings, rows = self._readings[:, : self._rows], self._rows
         if any(unit.sample.sharded for unit in self.units):
-            readings = reduce(readings.contiguous())
+            # Replicas of a shard, and whole tensors beside it, are read on several processes: count them along.
+            held = torch.cat([unit.sample.held for unit in self.units]).to(readings)
+            total = reduce(torch.cat([readings.flatten(0, 1), held[None]]))
+            readings = (total[:-1] / total[-1]).view_as(readings)
         values, counts = readings.cpu().numpy(), self._counts[:rows].cpu().numpy()
         rates = np.array([[float(lr) for lr in row] for row in self._lr])
         self._rows, self._lr = 0, []

@@ -15,6 +15,7 @@ from lightning_rectify.modules.manifold.experts import ExpertKind
 from lightning_rectify.modules.manifold.mixture import ChartMixture
 from lightning_rectify.modules.manifold.regressor_settings import ChartAnswers, check
 from lightning_rectify.modules.manifold.starts import Start, estimated_dims, fit_mixture
+from lightning_rectify.modules.sharding import load_whole_state, whole_state
 
 _STATE = "lightning_rectify_early_stopping"
 _POINTS = ("training_points", "training_images")  # of a data module, the first that it has
@@ -247,7 +248,9 @@ class ManifoldRegressor(RectifiedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for the checkpoint's charts."""
         super().on_load_checkpoint(checkpoint)
-        mine = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("network.")}
+        # Absent where weights are sharded: the strategy has loaded them already, into charts of the same sizes.
+        saved = checkpoint.get("state_dict", {})
+        mine = {key: value for key, value in saved.items() if key.startswith("network.")}
         if mine:
             self.network.allocate_like({key.removeprefix("network."): value for key, value in mine.items()})
         self._best = checkpoint.get(_STATE, {})
@@ -347,10 +350,9 @@ class ManifoldRegressor(RectifiedModule):
             return
         loss = float(trainer.callback_metrics["val/loss"])
         if not self._best or loss < self._best["loss"]:
-            weights = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
-            self._best = {"loss": loss, "waited": 0, "weights": weights}
+            self._best = {"loss": loss, "waited": 0, "weights": whole_state(self.network)}
             return
         self._best["waited"] += 1
         if self._best["waited"] >= self.early_stopping:
-            self.network.load_state_dict(self._best["weights"])
+            load_whole_state(self.network, self._best["weights"])
             trainer.should_stop = True

@@ -140,6 +140,10 @@ class Translator(TextInterface, RectifiedModule):
         """What ``compile`` compiles: the two stacks, for training; decoding runs token by token and as it is."""
         return [self.network.encoder, self.network.decoder]
 
+    def sharded_layers(self) -> list[nn.Module]:
+        """The layers of both stacks."""
+        return [*self.network.encoder.stack(), *self.network.decoder.stack()]
+
     def setup(self, stage: str) -> None:
         """Take the datamodule's vocabularies for training; those of a checkpoint come after and replace them."""
         if stage == "fit":
