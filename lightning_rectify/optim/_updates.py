@@ -5,8 +5,6 @@ but in the on-device form, share one step count; ``RectifiedAdam`` sees to that.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -116,7 +114,9 @@ def on_device_update(tensors: Tensors, rule: Rule) -> None:
     )
     scale = step_size * torch.where(adaptive, rect * torch.sqrt(-torch.expm1(step * math.log(rule.beta2))), early)
     keep = 1.0 - rule.lr * rule.weight_decay * torch.where(adaptive, 1.0, early).double()
-    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(*tensors[:4], strict=True)):
+    # By name: torch.compile of torch 2.6 cannot cut a named tuple.
+    columns = zip(tensors.params, tensors.grads, tensors.exp_avgs, tensors.exp_avg_sqs, strict=True)
+    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(columns):
         gradient = -grad if rule.maximize else grad
         if rule.weight_decay and rule.decoupled:
             param.mul_(keep[i].to(param.dtype))
@@ -128,18 +128,22 @@ def on_device_update(tensors: Tensors, rule: Rule) -> None:
         param.sub_(exp_avg * scale[i].to(param.dtype) / denominator)
 
 
-@contextmanager
-def working_copies(batch: Tensors) -> Iterator[Tensors]:
-    """Real tensors in at least float32 to work on; low-precision parameters are written back at the end."""
+def working_copies(batch: Tensors) -> Tensors:
+    """Real tensors in at least float32 to work on; :func:`write_back` ends the work."""
     if batch.params[0].dtype in LOW_PRECISION:
         params = [param.float() for param in batch.params]
-        yield batch._replace(params=params, grads=[grad.float() for grad in batch.grads])
-        torch._foreach_copy_(batch.params, params)
-    elif batch.params[0].is_complex():
+        return batch._replace(params=params, grads=[grad.float() for grad in batch.grads])
+    if batch.params[0].is_complex():
         real = [[torch.view_as_real(tensor) for tensor in column] for column in batch[:4]]
-        yield Tensors(real[0], real[1], real[2], real[3], batch.steps)
-    else:
-        yield batch
+        return Tensors(real[0], real[1], real[2], real[3], batch.steps)
+    return batch
+
+
+def write_back(batch: Tensors, work: Tensors) -> None:
+    """Round to the parameters where ``work`` is a copy in more digits."""
+    # Two calls and no context manager: torch.compile of torch 2.6 cannot follow a generator.
+    if batch.params[0].dtype in LOW_PRECISION:
+        torch._foreach_copy_(batch.params, work.params)
 
 
 def fused_serves(work: Tensors) -> bool:

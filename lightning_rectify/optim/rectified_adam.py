@@ -1,6 +1,6 @@
 """RectifiedAdam: torch's RAdam, fused, with the paper's choices as arguments."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from lightning_rectify.optim._updates import (
     loop_update,
     on_device_update,
     working_copies,
+    write_back,
 )
 from lightning_rectify.optim.variance import Order, sma_length
 
@@ -206,8 +207,9 @@ class RectifiedAdam(torch.optim.RAdam):
             for index, group in enumerate(self.param_groups):
                 for step, batch in self._batches(group, by_count=not on_device):
                     if step is None:
-                        with working_copies(batch) as work:
-                            on_device_update(work, rule_of(group, work.params[0].dtype))
+                        work = working_copies(batch)
+                        on_device_update(work, rule_of(group, work.params[0].dtype))
+                        write_back(batch, work)
                     else:
                         rates.append(_update(index, group, step, batch, scale))
         self._rates = rates
@@ -244,7 +246,7 @@ class RectifiedAdam(torch.optim.RAdam):
         pairs = [(group, param) for group in self.param_groups for param in group["params"]]
         return [group for group, _ in pairs], [param for _, param in pairs]
 
-    def _batches(self, group: dict[str, Any], by_count: bool) -> Iterator[tuple[float | None, Tensors]]:
+    def _batches(self, group: dict[str, Any], by_count: bool) -> list[tuple[float | None, Tensors]]:
         """The tensors that have a gradient, those of one device, dtype and (``by_count``) next step together."""
         batches: dict[tuple[float | None, torch.device, torch.dtype], Tensors] = {}
         for param in group["params"]:
@@ -263,8 +265,7 @@ class RectifiedAdam(torch.optim.RAdam):
             entry = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
             for column, tensor in zip(batch, entry, strict=True):
                 column.append(tensor)
-        for (step, _, _), batch in batches.items():
-            yield step, batch
+        return [(step, batch) for (step, _, _), batch in batches.items()]
 
 
 def _fill_state(state: dict[str, Any], param: Tensor, capturable: bool) -> None:
@@ -282,17 +283,18 @@ def _update(index: int, group: dict[str, Any], step: float, batch: Tensors, scal
     if scale is not None:
         torch._foreach_div_(batch.grads, scale.to(batch.grads[0].device))
     rect = rectification_of(group, step)
-    with working_copies(batch) as work:
-        factor = 1.0 if rect == 0.0 and group["early_phase"] == "adam" else rect
-        # Unless the user chose a way, adaptive steps are fused.
-        fused = group["fused"] or (group["fused"] is None and group["foreach"] is None and not group["differentiable"])
-        if factor > 0.0 and fused and fused_serves(work):
-            update = fused_update
-        elif group["differentiable"] or (group["foreach"] is False and not group["fused"]):
-            update = loop_update
-        else:
-            update = foreach_update
-        update(work, rule_of(group, work.params[0].dtype), step, factor)
+    work = working_copies(batch)
+    factor = 1.0 if rect == 0.0 and group["early_phase"] == "adam" else rect
+    # Unless the user chose a way, adaptive steps are fused.
+    fused = group["fused"] or (group["fused"] is None and group["foreach"] is None and not group["differentiable"])
+    if factor > 0.0 and fused and fused_serves(work):
+        update = fused_update
+    elif group["differentiable"] or (group["foreach"] is False and not group["fused"]):
+        update = loop_update
+    else:
+        update = foreach_update
+    update(work, rule_of(group, work.params[0].dtype), step, factor)
+    write_back(batch, work)
     return _rate(index, group, step, rect, len(batch.params))
 
 
