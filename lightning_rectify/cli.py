@@ -1,6 +1,8 @@
 """The command line: ``lightning-rectify fit|validate|test|predict|probe --config FILE``."""
 
+import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +19,24 @@ from lightning_rectify._lightning import (
     LightningDataModule,
     LightningModule,
     SaveConfigCallback,
+    TorchCheckpointIO,
     Trainer,
 )
+from lightning_rectify.callbacks._logs import run_folder
 from lightning_rectify.callbacks.adaptive_rate import AdaptiveRateMonitor
+from lightning_rectify.callbacks.requeue import RequeueBetweenSteps
 from lightning_rectify.callbacks.warmup_probe import WarmupProbe
+from lightning_rectify.checkpoints import AtomicCheckpointIO, newest_checkpoint, require_whole
 from lightning_rectify.modules.base import CLASS_PATH
+
+# The YAML files: inside the installed package, or beside it in a checkout.
+_INSTALLED = Path(__file__).with_name("configs")
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
+CONFIG_FLAGS = ("--config", "-c")
+
+# What an operating system says where files cannot be written
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only writing meets them
+_CLOSED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 class SaveConfigOfRun(SaveConfigCallback):
@@ -90,6 +105,10 @@ class RectifyCLI(LightningCLI):
     ``--ckpt_path FILE`` brings the checkpoint's class and hyperparameters with it: they come after ``--config`` files
     and before all other flags, so that a checkpoint alone is enough to test or predict, and a flag has the last word.
 
+    Checkpoints are written and read by :class:`lightning_rectify.checkpoints.AtomicCheckpointIO`, unless ``trainer``
+    names another way, and a SLURM job is requeued between two steps
+    (:class:`lightning_rectify.callbacks.RequeueBetweenSteps`).
+
     Args:
         args: arguments in place of the command line's: a list of strings, or a nested dict.
         run: whether to run the subcommand; False only parses and instantiates.
@@ -111,7 +130,12 @@ class RectifyCLI(LightningCLI):
                 "Expected argument `trainer_class` to be a subclass of lightning_rectify.cli.ProbingTrainer, for the "
                 f"subcommand probe, but got {trainer_class.__name__}."
             )
-        super().__init__(args=args, run=run, **options)
+        try:
+            super().__init__(args=args, run=run, **options)
+        except OSError as error:
+            if (explained := self._explained(error)) is None:
+                raise
+            raise explained from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -121,6 +145,11 @@ class RectifyCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with the hyperparameters of the checkpoint that ``--ckpt_path`` names between files and flags."""
         given: Any = sys.argv[1:] if args is None else args
+        if isinstance(given, list):
+            try:
+                args = given = _named_configs(list(map(str, given)))
+            except ValueError as error:
+                parser.error(str(error))
         commands = isinstance(given, list) and len(given) > 0 and given[0] in self.subcommands()
         model = _model_of_checkpoint(given) if commands else None
         if model is None:
@@ -145,12 +174,76 @@ class RectifyCLI(LightningCLI):
             help="After fit, test the best checkpoint (without checkpoints: the last weights).",
         )
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with checkpoint files that are whole or not there, and are of whole steps."""
+        trainer = super().instantiate_trainer(**kwargs)
+        # Last: what the others keep of a step is in its checkpoint.
+        trainer.callbacks.append(RequeueBetweenSteps())  # type: ignore[attr-defined]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's default, not one that was asked for
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
+
+    def _explained(self, error: OSError) -> OSError | None:
+        """An error of writing the run's files, with what to do; None if it is another one, or says so itself."""
+        trainer = getattr(self, "trainer", None)
+        if trainer is None or error.errno not in _FULL + _CLOSED or str(error.strerror).startswith("Expected"):
+            return None
+        folder = run_folder(trainer).absolute()
+        if error.errno in _CLOSED:  # or is it a file of the user's that cannot be read?
+            place = Path(error.filename or "").absolute()
+            if not (place.is_relative_to(folder) or folder.is_relative_to(place)):
+                return None
+        last = newest_checkpoint(folder) if folder.is_dir() else None
+        resume = f" The last whole checkpoint is {str(last)!r}: go on from it with --ckpt_path." if last else ""
+        return OSError(
+            error.errno,
+            f"Expected to write the run into {str(folder)!r} but got: {error.strerror}. Free space or give the right "
+            f"to write there, or name another folder with --trainer.logger.init_args.save_dir.{resume}",
+        )
+
     def after_fit(self) -> None:
         """Test what was fitted, if asked to."""
         if not self._get(self.config_init, "test_after_fit"):
             return
         saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best" if saved else None)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The YAML files that come with the package: by name, without suffix, those in folders as ``folder/name``."""
+    found = sorted(CONFIGS.rglob("*.yaml"))
+    return {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in found}
+
+
+def _named_configs(args: list[str]) -> list[str]:
+    """The arguments with the path of a shipped file in place of its name, where a configuration is asked for.
+
+    Raises:
+        ValueError: if what looks like a name or a path is neither a path that exists nor a shipped file.
+    """
+    named: list[str] = []
+    for item in args:
+        flag, equals, value = item.partition("=")
+        if named and named[-1] in CONFIG_FLAGS:
+            item = _config_path(item)
+        elif equals and flag in CONFIG_FLAGS:
+            item = f"{flag}={_config_path(value)}"
+        named.append(item)
+    return named
+
+
+def _config_path(value: str) -> str:
+    """The path for one value of ``--config``; text that holds a blank or a colon is YAML itself, for jsonargparse."""
+    if os.path.exists(value) or not re.fullmatch(r"[^\s:{}]+", value):
+        return value
+    shipped = shipped_configs()
+    name = value.removeprefix("configs/").removesuffix(".yaml")
+    if name not in shipped:
+        raise ValueError(
+            f"Expected argument `--config` to be a file or the name of one that comes with the package "
+            f"({', '.join(shipped)}) but got {value!r}."
+        )
+    return str(shipped[name])
 
 
 def _model_of_checkpoint(args: Sequence[Any]) -> dict[str, Any] | None:
@@ -163,6 +256,7 @@ def _model_of_checkpoint(args: Sequence[Any]) -> dict[str, Any] | None:
             path = str(args[i + 1])
     if path is None or not Path(path).is_file():
         return None
+    require_whole(path)
     saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     plain = dict(saved.get("hyper_parameters", {}))
     plain.pop("_instantiator", None)
@@ -181,7 +275,7 @@ def _behind_configs(args: list[str], file: str) -> list[str]:
     """The arguments with configuration files first (behind the subcommand), then ``file``, then the rest."""
     configs, rest, items = [], [], iter(args[1:])
     for item in items:
-        if item in ("--config", "-c"):
+        if item in CONFIG_FLAGS:
             configs += [item, next(items, "")]
         elif item.startswith(("--config=", "-c=")):
             configs.append(item)

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = ["optimizer_step", "monitor_cost", "lr_sensitivity", "variance_simulation", "spectral_cost", "probe_cost"]
+SCRIPTS = [
+    *("optimizer_step", "monitor_cost", "lr_sensitivity", "variance_simulation", "spectral_cost", "probe_cost"),
+    pytest.param("scaling_efficiency", marks=pytest.mark.slow),  # four processes start
+]
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ import lightning_rectify
 from lightning_rectify import ImageClassifier, ImageData
 from lightning_rectify._lightning import NAME, Trainer
 from lightning_rectify.callbacks.adaptive_rate import AdaptiveRateWarning
-from lightning_rectify.cli import RectifyCLI, main
+from lightning_rectify.cli import RectifyCLI, main, shipped_configs
 from tests.helpers.training import differences, weights
 
 CONFIG = Path(lightning_rectify.__file__).parents[1] / "configs" / "classifier.yaml"
@@ -302,6 +302,50 @@ def test_config_serves_every_command(command):
     cli = RectifyCLI([command, *(SMALL if command == "fit" else without_fit(SMALL)), "--trainer.fast_dev_run=true"])
     assert cli.trainer.state.finished
     assert cli.model.__class__.__name__ == "ImageClassifier"
+
+
+SHORT = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.callbacks=[]"]
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        ["--config", "classifier"],
+        ["--config=classifier.yaml"],
+        ["-c", "configs/classifier.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_shipped_config_is_found_by_name_and_overlays_stack(named):
+    overlay = ["--config=ablation/adam_2k", "--config", "trainer: {max_epochs: 7}"]
+    cli = RectifyCLI([*named, *overlay, *SHORT], run=False)
+    assert type(cli.model) is ImageClassifier
+    assert cli.config.model.init_args.optimizer.class_path == "lightning_rectify.optim.FrozenStartAdam"
+    assert cli.trainer.max_epochs == 7  # YAML in place of a file is left to jsonargparse
+
+
+def test_path_that_exists_wins_over_a_shipped_name(tmp_path):
+    model = "model: {class_path: lightning_rectify.ImageClassifier, init_args: {num_classes: 5}}"
+    (tmp_path / "classifier").write_text(model)
+    assert (
+        RectifyCLI(
+            ["--config", "classifier", "--data=lightning_rectify.ImageData", *SHORT], run=False
+        ).model.num_classes
+        == 5
+    )
+    assert RectifyCLI(["--config", "classifier.yaml", *SHORT], run=False).model.num_classes == 10
+
+
+def test_unknown_config_is_an_error_that_lists_the_names(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "clasifier"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "Expected argument `--config` to be a file or the name of one that comes with the package" in said
+    assert "but got 'clasifier'" in said
+    names = shipped_configs()
+    assert all(name in said for name in names)
+    assert {"classifier", "spot_density", "ablation/adam_2k", "trainer/cpu"} <= names.keys()
 
 
 def test_users_file_in_the_folder_one_stands_in_is_found(tmp_path, monkeypatch):

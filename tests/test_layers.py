@@ -3,12 +3,10 @@
 import ast
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -27,13 +25,14 @@ ARROWS = {
     DOOR: set(),
     "text": set(),
     "words": set(),
+    "checkpoints": {DOOR},
     "optim": set(),
     "nn": set(),
     "attacks": {"nn"},
     "data": {"text", "words", DOOR},
-    "modules": {"optim", "nn", "attacks", "text", "words", DOOR},
-    "callbacks": {"optim", "nn", "attacks", "text", "words", DOOR},
-    "cli": {"optim", "nn", "attacks", "data", "modules", "callbacks", DOOR},
+    "modules": {"optim", "nn", "attacks", "text", "words", "checkpoints", DOOR},
+    "callbacks": {"optim", "nn", "attacks", "text", "words", "checkpoints", DOOR},
+    "cli": {"optim", "nn", "attacks", "data", "modules", "callbacks", "checkpoints", DOOR},
 }
 # rooms that are plain torch
 ONLY = {
@@ -217,24 +216,3 @@ def test_door_refuses_an_unknown_name():
         "'lightning_pytorch'",
         done.stderr,
     )
-
-
-# -- the wheel ---------------------------------------------------------------------------------------------------------
-
-
-def test_wheel_holds_the_package_and_its_type_marker(tmp_path):
-    source = tmp_path / "source"  # a copy: building leaves folders behind
-    shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, source)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist")]
-    done = subprocess.run([*build, str(source)], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert wheel.name == f"lightning_rectify-{lightning_rectify.__version__}-py3-none-any.whl"
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        (entry,) = [name for name in names if name.endswith("entry_points.txt")]
-        assert "lightning-rectify = lightning_rectify.cli:main" in archive.read(entry).decode()
-    held = {name for name in names if ".dist-info/" not in name}
-    assert held == {f"lightning_rectify/{path.as_posix()}" for path in [*FILES, Path("py.typed")]}

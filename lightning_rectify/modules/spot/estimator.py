@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_rectify._lightning import Callback, Trainer
 from lightning_rectify.modules.spot.metrics import TransportEstimate, estimate
 from lightning_rectify.modules.spot.plan import LOOK, PlanModule
+from lightning_rectify.modules.spot.transport_map import TransportMap
 
 Samples = Tensor | np.ndarray[Any, Any] | Sequence[Any]
 Plan = TypeVar("Plan", bound="PlanEstimator")
@@ -139,6 +140,19 @@ class PlanEstimator(PlanModule):
         x, image = self.sample_pairs(pool, seed)
         return self._carry(as_samples("y", y), (image, x), mode, neighbours, seed)
 
+    def transport_map(self, neighbours: int = 10, pool: int = 10_000, seed: int = 0) -> TransportMap:
+        """What :meth:`transform` does, as a network with its pairs inside: for ``torch.export``, or without Lightning.
+
+        Args:
+            neighbours: at least 1 and at most ``pool``.
+            pool: pairs generated and kept.
+            seed: of the pairs.
+
+        Raises:
+            ValueError: for ``neighbours`` outside its range.
+        """
+        return TransportMap(*self.sample_pairs(pool, seed), neighbours)
+
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """:meth:`transform` of the batch's x (a batch is x, or x with others), shape (B, *shape_y)."""
         return self.transform(batch[0] if isinstance(batch, (tuple, list)) else batch, seed=self.eval_seed)
@@ -155,10 +169,7 @@ class PlanEstimator(PlanModule):
         if mode not in ("mean", "sample"):
             raise ValueError(f"Expected argument `mode` to be 'mean' or 'sample' but got {mode!r}.")
         here, there = pairs
-        if not 1 <= neighbours <= len(here):
-            raise ValueError(
-                f"Expected argument `neighbours` to be from 1 to the pool, {len(here)}, but got {neighbours!r}."
-            )
+        carry = TransportMap(here, there, neighbours)
         if points.shape[1:] != here.shape[1:]:
             raise ValueError(
                 f"Expected points of shape (N, {', '.join(map(str, here.shape[1:]))}) but got {tuple(points.shape)}."
@@ -167,13 +178,10 @@ class PlanEstimator(PlanModule):
         pick = torch.randint(neighbours, (len(points), 1), generator=generator).to(here.device)
         answers = []
         for some, choice in zip(points.to(here).split(1024), pick.split(1024), strict=True):
-            nearest = torch.cdist(some.flatten(1), here.flatten(1)).topk(neighbours, dim=1, largest=False).indices
             if mode == "sample":
-                answers.append(there[nearest.gather(1, choice)[:, 0]])
-            elif here.shape == there.shape:
-                answers.append(some + (there[nearest] - here[nearest]).mean(dim=1))
+                answers.append(there[carry.nearest(some).gather(1, choice)[:, 0]])
             else:
-                answers.append(there[nearest].mean(dim=1))
+                answers.append(carry(some))
         return torch.cat(answers)
 
 

@@ -74,6 +74,15 @@ def test_transform_takes_the_nearest_pairs(plan):
     assert len(many.unique(dim=0)) == 4  # each in turn, by chance
 
 
+def test_transport_map_is_transform_as_a_network(plan):
+    network = plan.transport_map(neighbours=4, pool=3000, seed=2)
+    points = torch.randn(50, 2)
+    assert torch.equal(network(points), plan.transform(points, neighbours=4, pool=3000, seed=2))
+    assert set(network.state_dict()) == {"x", "y"}  # all there is: it serves without the plan
+    with pytest.raises(ValueError, match=r"`neighbours`.*from 1 to the pool, 3.*got 4"):
+        plan.transport_map(neighbours=4, pool=3)
+
+
 def test_sides_of_different_shapes_and_lists_of_numbers():
     x, y = list(np.linspace(0, 1, 40)), np.random.default_rng(0).normal(size=(30, 2, 2))
     plan = SPOT.fit_samples(
