@@ -331,7 +331,49 @@ def spot_adaptation(frame: str) -> Callable[[Result], str]:
     return render
 
 
+def faults(result: Result) -> str:
+    """Killed runs of each module, then what killed writers leave."""
+    header = ["module", "kills", "while writing", "half-written files left", "broken checkpoints", "checkpoints lost"]
+    modules = table(
+        [*header, "runs held against an undisturbed one", "states that differ"],
+        (
+            [row["module"], *(f"{row[key]}" for key in ("kills", "kills_while_writing", "partial_files_left"))]
+            + [f"{row[key]}" for key in ("broken_files", "checkpoints_lost", "runs_compared")]
+            + [f"{len(row['states_that_differ'])} of {row['states_compared']}"]
+            for row in result["rows"]
+        ),
+    )
+    writers = table(
+        ["writer of one file, again and again", "kills", "files torn"],
+        (
+            [row["writer"], f"{row['kills']}", f"{row['files_torn']}"]
+            for row in result["writers"]
+            if row["status"] == "measured"
+        ),
+    )
+    return f"{modules}\n\n{writers}"
+
+
+def scaling_efficiency(result: Result) -> str:
+    def percent(values: Sequence[float]) -> str:
+        return "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * value for value in values))
+
+    return table(
+        ["training", "one process", "two, `ddp`", "efficiency", "two apart, efficiency", "`ddp` of two apart"],
+        (
+            [
+                f"{row['task']}, {row['unit']} a second",
+                f"{row['one_per_second']:.0f}",
+                f"{row['two_ddp_per_second']:.0f}",
+                *(percent(row[key]) for key in ("two_ddp_efficiency", "two_apart_efficiency", "ddp_of_apart")),
+            ]
+            for row in result["rows"]
+        ),
+    )
+
+
 RENDERERS: dict[str, Callable[[Result], str]] = {
+    "scaling_efficiency": scaling_efficiency,
     "optimizer_step": optimizer_step,
     "monitor_cost": monitor_cost,
     "lr_sensitivity": lr_sensitivity,
@@ -342,10 +384,12 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "lr_by_warmup": lr_sensitivity,
     "language_model": language_model,
     "probe_cost": probe_cost,
+    "faults": faults,
     "translation_warmup": translation_warmup,
     "translation_warmup.paper": translation_warmup_paper,
     "translation_warmup.alarms": translation_warmup_alarms,
     "translation_bleu": translation_bleu,
+    "translation_bleu_7500": translation_bleu,
     "translation_speed": translation_speed,
     "spot_adaptation.paper": spot_adaptation("paper"),
     "spot_adaptation.one": spot_adaptation("one"),
