@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -153,7 +154,9 @@ class RectifyCLI(LightningCLI):
         commands = isinstance(given, list) and len(given) > 0 and given[0] in self.subcommands()
         model = _model_of_checkpoint(given) if commands else None
         if model is None:
-            super().parse_arguments(parser, args)
+            with warnings.catch_warnings():  # they are the command line's own, with paths for names
+                warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+                super().parse_arguments(parser, args)
             return
         with TemporaryDirectory() as folder:
             file = Path(folder) / "checkpoint.yaml"
