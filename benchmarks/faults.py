@@ -1,7 +1,7 @@
 """Kill training with SIGKILL again and again, go on from the last checkpoint, and compare with a run left in peace.
 
 Each shipped YAML (its networks and data made small) trains through the command line, checkpoints every few steps and at
-the end of each epoch, and is killed at a random moment: any moment, or up to a few milliseconds after it began to write
+the end of each epoch, and is killed at a random moment: any moment, or up to two milliseconds after it began to write
 a checkpoint. ``newest_checkpoint`` chooses the file to go on from. A chain ends when a run is quicker than its killer;
 its weights, optimizer states, schedules and random state are then held against the undisturbed run's, bit for bit.
 
@@ -40,7 +40,8 @@ from lightning_rectify.cli import RectifyCLI
 NAME = "faults"
 EVERY = 4  # steps between two checkpoints; an epoch's six steps end between them
 EPOCHS = 4
-WRITING_FOR = 0.006  # s; a checkpoint's write and fsync take a few milliseconds
+PATIENCE = 3600.0  # s; a run takes some, a hundred times more on a machine that is busy
+WRITING_FOR = 0.002  # s; what the write and fsync of a checkpoint take
 # What a checkpoint says about the run's surroundings, not about what was trained.
 SURROUNDINGS = ("callbacks", "loops", "pytorch-lightning_version", "hparams_name", "hyper_parameters")
 
@@ -114,6 +115,12 @@ class Child:
         os.kill(self.pid, signal.SIGKILL)
         self.listen(time.monotonic() + 60)
         self.end()
+
+    def wait(self) -> int:
+        """As :meth:`end`, with its lines read; one that does not end is killed."""
+        if self.listen(time.monotonic() + PATIENCE):
+            os.kill(self.pid, signal.SIGKILL)
+        return self.end()
 
     def end(self) -> int:
         """Wait for its end; its exit status, or minus the signal that ended it."""
@@ -239,11 +246,11 @@ def chain(stem: str, folder: Path, epochs: int, seconds: float, kills: int, dice
 def live(child: Child, kind: str, seconds: float, dice: random.Random) -> bool:
     """Wait for the moment to kill; whether the child is still alive then."""
     if kind == "never":
-        return child.listen(time.monotonic() + 600)
+        return child.listen(time.monotonic() + PATIENCE)
     if kind == "any moment":
         return child.listen(time.monotonic() + dice.uniform(0, seconds))
     for _ in range(dice.randint(1, 6)):  # which of its writes
-        if not child.listen(time.monotonic() + 600, "writing"):
+        if not child.listen(time.monotonic() + PATIENCE, "writing"):
             return False
     return child.listen(time.monotonic() + dice.uniform(0, WRITING_FOR))
 
@@ -270,7 +277,7 @@ def disturb(stem: str, kills: int, epochs: int, seed: int) -> dict[str, Any]:
         for _ in range(2):  # the first has modules to import
             begin = time.monotonic()
             child = fork(lambda say: train(say, stem, epochs, None), calm)
-            if child.listen(begin + 600) or child.end():
+            if child.wait():
                 raise RuntimeError(f"{stem} did not train: {(calm / 'log.txt').read_text()[-3000:]}")
             seconds.append(time.monotonic() - begin)
             import_what_it_imported(child)

@@ -115,7 +115,7 @@ def measure(module: str, monitor: str | None, steps: int) -> dict[str, Any]:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         child = fork(lambda say: fit(say, module, monitor, steps), Path(folder))
-        if child.listen(begin + 7200) or child.end():
+        if child.wait():
             raise RuntimeError(f"{module} with {monitor}: {(Path(folder) / 'log.txt').read_text()[-3000:]}")
     looks = torch.tensor([[float(word) for word in line.split()] for line in child.said], dtype=torch.float64)
     late = looks[looks[:, 0] > steps / 3]

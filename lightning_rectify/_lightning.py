@@ -143,17 +143,23 @@ def requeue_handler() -> Any:
     return handler if type(handler).__module__.endswith(".trainer.connectors.signal_connector") else None
 
 
-def restore_loaders(trainer: Any) -> None:
-    """Put the training loaders where the checkpoint that is resumed left them, if Lightning has not.
+def mend_resume(trainer: Any) -> None:
+    """Keep two things that Lightning loses when it resumes; to be called when training starts, before the first batch.
 
-    Lightning does it when it makes the loaders. A module that asks for ``trainer.estimated_stepping_batches`` in
-    ``configure_optimizers`` has them made before the checkpoint's loops are read; the position is then forgotten, and
-    the epoch begins anew. To be called when training starts, before the first batch is drawn.
+    Where the loaders stand: Lightning sets it when it makes them. A module that asks for
+    ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` has them made before the checkpoint's loops are
+    read; the position is then forgotten, and the epoch begins anew.
+
+    Which epoch it is: a run that goes on from a checkpoint of an epoch's last batch does not count the beginning of the
+    next epoch (nor call ``on_train_epoch_start``), so that a checkpoint from the middle of that one repeats batches.
     """
     loop = trainer.fit_loop
     if getattr(loop, "_combined_loader_states_to_load", None) and loop._data_fetcher is not None:
         loop._load_combined_loader_states()
         iter(loop._data_fetcher)  # the iterators made before know nothing of it
+    epochs = loop.epoch_progress.current
+    if getattr(loop, "restarted_mid_epoch", False) and epochs.processed >= epochs.ready:
+        loop.reset_restart_stage()
 
 
 __all__ = [
@@ -175,11 +181,11 @@ __all__ = [
     "Trainer",
     "allow_unused_parameters",
     "log_next",
+    "mend_resume",
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",
     "requeue_handler",
-    "restore_loaders",
     "seed_everything",
     "uncounted",
 ]

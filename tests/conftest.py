@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from tests.helpers.pool import POOL
+
 
 @pytest.fixture(autouse=True)
 def _restore_process_state(tmp_path, monkeypatch):
@@ -28,3 +30,10 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Two processes joined by gloo, which start with the first job."""
+    yield POOL
+    POOL.close()

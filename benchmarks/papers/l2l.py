@@ -19,17 +19,18 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from image_batches import Batches
 from single_runs import keep, run_all, split
 from timing import ROOT, data_folder, environment, output_path, parser, write_result
 
@@ -143,22 +144,6 @@ class Epochs(Callback):
         self.seconds.append(time.process_time() - self._begin)
 
 
-class _Batches(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
-    """Shuffled batches cut from tensors: no work a sample, nothing drawn from the global random state."""
-
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, seed: int) -> None:
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.images) // self.batch_size
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.images), generator=self.generator)
-        for index in order[: len(self) * self.batch_size].split(self.batch_size):
-            yield self.images[index], self.labels[index]
-
-
 def warm_up_and_cosine(optimizer: Any, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
     """The learning rate rises over the first epoch and falls to 0 along a cosine."""
 
@@ -192,7 +177,7 @@ def train(cell: Cell, study: Study, work: Path) -> tuple[L2LDefense, list[float]
     """The trained module, and the CPU seconds of each epoch."""
     images, labels = torch.load(work / "data.pt", weights_only=True)["train"]
     seed_everything(cell.seed, verbose=False)
-    batches = _Batches(images, labels, study.batch_size, cell.seed)
+    batches = Batches(images, labels, study.batch_size, cell.seed)
     module, epochs = make_module(cell, study, images.shape[-1], len(batches)), Epochs()
     silence = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(accelerator="cpu", devices=1, max_epochs=study.epochs, callbacks=[epochs], **silence)

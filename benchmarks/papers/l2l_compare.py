@@ -18,7 +18,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import l2l
+from image_batches import Batches
 from l2l import METHODS, Epochs, Study, quiet, row_of, warm_up_and_cosine
 from l2l_cost import Stopwatch
 from single_runs import keep, split
@@ -104,31 +105,16 @@ def prepare(study: Study, root: str | None, work: Path) -> Path:
     return path
 
 
-class Batches(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
-    """Shuffled batches cut from tensors; with ``pad``, each image cropped out of a black frame and mirrored or not."""
-
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, pad: int, seed: int) -> None:
-        self.images, self.labels, self.batch_size, self.pad = images, labels, batch_size, pad
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.images) // self.batch_size
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.images), generator=self.generator)
-        for index in order[: len(self) * self.batch_size].split(self.batch_size):
-            images = self.images[index]
-            yield (self._augmented(images) if self.pad else images), self.labels[index]
-
-    def _augmented(self, images: Tensor) -> Tensor:
-        count, _, side, _ = images.shape
-        framed = nn.functional.pad(images, [self.pad] * 4)
-        corner = torch.randint(2 * self.pad + 1, (2, count, 1), generator=self.generator)
-        mirrored = torch.rand(count, 1, generator=self.generator) < 0.5
-        along = torch.arange(side)
-        rows, columns = corner[0] + along, corner[1] + torch.where(mirrored, side - 1 - along, along)
-        sample = torch.arange(count)[:, None, None]
-        return framed[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+def cropped(images: Tensor, generator: torch.Generator, pad: int) -> Tensor:
+    """Each image cropped out of a black frame of ``pad`` pixels, and mirrored or not."""
+    count, _, side, _ = images.shape
+    framed = nn.functional.pad(images, [pad] * 4)
+    corner = torch.randint(2 * pad + 1, (2, count, 1), generator=generator)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    along = torch.arange(side)
+    rows, columns = corner[0] + along, corner[1] + torch.where(mirrored, side - 1 - along, along)
+    sample = torch.arange(count)[:, None, None]
+    return framed[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def make_module(cell: Cell, study: Study, steps: int) -> L2LDefense:
@@ -160,7 +146,9 @@ def run(cell: Cell, study: Study, data: Path, work: Path) -> dict[str, Any]:
     """Train one network, for ``study.epochs`` epochs, and judge it."""
     parts = torch.load(data, weights_only=True)
     seed_everything(cell.seed, verbose=False)
-    batches = Batches(*parts["train"], study.batch_size, DATASETS[cell.dataset]["pad"], cell.seed)
+    pad = DATASETS[cell.dataset]["pad"]
+    augment = partial(cropped, pad=pad) if pad else None
+    batches = Batches(*parts["train"], study.batch_size, cell.seed, augment)
     module, epochs = make_module(cell, study, len(batches)), Epochs()
     trainer(max_epochs=study.epochs, callbacks=[epochs]).fit(module, DataLoader(batches, batch_size=None))
     begin = time.process_time()
@@ -191,7 +179,7 @@ def measure(study: Study, data: Path, work: Path, steps: int = 3, rounds: int = 
     made = {}
     for method in COMPARED:
         module = make_module(Cell(study.dataset, method, "epochs", 0), study, steps)
-        loader = DataLoader(Batches(images[some], labels[some], study.batch_size, 0, 0), batch_size=None)
+        loader = DataLoader(Batches(images[some], labels[some], study.batch_size, 0), batch_size=None)
 
         def fit(module: L2LDefense = module, loader: Any = loader) -> None:
             trainer(max_steps=steps, max_epochs=-1, callbacks=[watch]).fit(module, loader)

@@ -17,18 +17,18 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from image_batches import Batches
 from single_runs import keep, run_all, split
 from timing import ROOT, data_folder, environment, output_path, parser, write_result
 
@@ -145,7 +145,9 @@ def run(cell: Cell, study: Study, work: Path) -> dict[str, Any]:
     )
     gan.to(memory_format=torch.channels_last)  # a tenth to a fifth faster on a CPU, else the same
     loader = DataLoader(
-        _Batches(train["images"], train["labels"], study.batch_size, cell.seed), batch_size=None, shuffle=False
+        Batches(train["images"].to(memory_format=torch.channels_last), train["labels"], study.batch_size, cell.seed),
+        batch_size=None,
+        shuffle=False,
     )
     row: dict[str, Any] = {**asdict(cell), "diverged": False}
     try:
@@ -157,19 +159,6 @@ def run(cell: Cell, study: Study, work: Path) -> dict[str, Any]:
     row["cpu_seconds"] = round(time.process_time() - begin, 1)
     save_image((gan.sample(64, seed=0) + 1) / 2, cell.path(work).with_suffix(".png"), nrow=8)
     return keep(cell.path(work), asdict(study), row)
-
-
-class _Batches(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
-    """Shuffled batches cut from tensors: no work a sample."""
-
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, seed: int) -> None:
-        self.images, self.labels, self.batch_size = images.to(memory_format=torch.channels_last), labels, batch_size
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.images), generator=self.generator)
-        for index in order[: len(order) // self.batch_size * self.batch_size].split(self.batch_size):
-            yield self.images[index], self.labels[index]
 
 
 def extractor(cell: Cell, work: Path) -> FeatureExtractor:

@@ -16,7 +16,7 @@ from lightning_rectify._lightning import (
     LRSchedulerCallable,
     OptimizerCallable,
     log_next,
-    restore_loaders,
+    mend_resume,
 )
 from lightning_rectify.checkpoints import require_whole
 from lightning_rectify.modules.sharding import class_of, number_as_module, shard
@@ -196,7 +196,7 @@ class RectifiedModule(LightningModule):
     def on_train_start(self) -> None:
         """Go on with this rank's random state and data; a rank that has no state saved draws a stream of its own."""
         if self._trainer is not None:
-            restore_loaders(self._trainer)
+            mend_resume(self._trainer)
         saved, self._random_state = self._random_state, None
         if self.global_rank > 0:
             # One seed serves all ranks, and all would drop the same features. Not seed + rank: that is rank 0 of the

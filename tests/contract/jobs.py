@@ -47,16 +47,22 @@ def _copy_of_global_generator():
     return generator
 
 
-def train(stem, noise=False, batch_size=None, seed=0, stop=None, ckpt_path=None, save_as=None, ranks=2):
-    """Train for three epochs, or ``stop`` steps; the same on two ranks as on one with the whole batch."""
+def make(stem, noise=False, seed=0, **optimizer):
+    """A row and its module, with optimizers and a schedule that change the weights at each step."""
     row = next(row for row in ROWS if row.stem == stem)
     module = row.make_module(
         noise=noise,
         seed=seed,
-        **row.optimizers(partial(RectifiedAdam, lr=0.01)),
+        **row.optimizers(partial(RectifiedAdam, **{"lr": 0.01, **optimizer})),
         lr_scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9),
         lr_scheduler_interval="step",
     )
+    return row, module
+
+
+def train(stem, noise=False, batch_size=None, seed=0, stop=None, ckpt_path=None, save_as=None, ranks=2):
+    """Train for three epochs, or ``stop`` steps; the same on two ranks as on one with the whole batch."""
+    row, module = make(stem, noise, seed)
     look = Noise()
     length = {"max_epochs": 3} if stop is None else {"max_steps": stop, "max_epochs": -1}
     strategy = row.strategy if ranks > 1 else "auto"

@@ -1,10 +1,7 @@
 """Tests that take ``one_player`` run for each module with one optimizer, ``game`` for each with several."""
 
-import pytest
-
 from tests.contract.rows import ROWS
 from tests.distributed.support import is_game
-from tests.helpers.pool import POOL
 
 
 def pytest_generate_tests(metafunc):
@@ -15,9 +12,3 @@ def pytest_generate_tests(metafunc):
     }.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, rows, ids=[row.stem for row in rows], scope="session")
-
-
-@pytest.fixture(scope="session")
-def pool():
-    yield POOL
-    POOL.close()

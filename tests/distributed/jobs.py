@@ -1,6 +1,5 @@
 """What runs on each process: the contract's small networks under a strategy, and what they have become."""
 
-from functools import partial
 from importlib import import_module
 
 import torch
@@ -9,8 +8,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import NAME, Callback
 from lightning_rectify.callbacks import AdaptiveRateMonitor
-from lightning_rectify.optim import RectifiedAdam
-from tests.contract.rows import ROWS
+from tests.contract.jobs import make
 from tests.helpers.training import CSVLogger, trainer
 
 ModelParallelStrategy = import_module(f"{NAME}.strategies").ModelParallelStrategy
@@ -32,18 +30,6 @@ def fsdp(one_file=True, tensor_parallel_size=1):
 def whole(state):
     """A state dict of whole tensors; to be called on all processes."""
     return {name: v.full_tensor() if isinstance(v, DTensor) else v.detach().clone() for name, v in state.items()}
-
-
-def make(stem, noise=False, seed=0, **optimizer):
-    row = next(row for row in ROWS if row.stem == stem)
-    module = row.make_module(
-        noise=noise,
-        seed=seed,
-        **row.optimizers(partial(RectifiedAdam, **{"lr": 0.01, **optimizer})),
-        lr_scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9),
-        lr_scheduler_interval="step",
-    )
-    return row, module
 
 
 def train(stem, ranks=2, stop=None, ckpt_path=None, save_as=None, noise=False, seed=0, where=None, **options):

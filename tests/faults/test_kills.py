@@ -1,6 +1,7 @@
 """The benchmarks of faults run in their quick mode: killed training is as undisturbed, and what they find is seen."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 
 from tests.test_benchmarks import BENCHMARKS, call
 
-pytestmark = pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="they fork")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="they fork")
 
 
 @pytest.fixture

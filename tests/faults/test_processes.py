@@ -159,6 +159,17 @@ def test_the_command_line_requeues_between_steps(classifier):
 # -- where a run goes on -----------------------------------------------------------------------------------------------
 
 
+def test_a_run_resumed_at_an_epochs_last_batch_can_be_resumed_again(classifier, tmp_path):
+    """Lightning does not count the epoch that such a run begins: its next checkpoint would repeat batches."""
+    every = ModelCheckpoint(tmp_path / "first", filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    keep = {"callbacks": [every], "enable_checkpointing": True, "max_epochs": 3}
+    expected = snapshot(run(classifier, **keep))
+    run(classifier, tmp_path / "second", ckpt_path=tmp_path / "first" / "step=6.ckpt", max_epochs=3)
+    for step in (8, 12, 16):
+        again = run(classifier, ckpt_path=tmp_path / "second" / f"step={step}.ckpt", max_epochs=3)
+        assert differences(expected, snapshot(again)) == []
+
+
 def one_cycle(optimizer, module):
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, int(module.trainer.estimated_stepping_batches))
 

@@ -13,19 +13,12 @@ from lightning_rectify._lightning import NAME, Callback
 from lightning_rectify.modules.base import NonFiniteLossError
 from lightning_rectify.modules.minimax import MinimaxModule
 from tests.helpers.games import Game, Steps, fit, make_game
-from tests.helpers.pool import POOL
 from tests.helpers.training import differences, largest_difference, trainer, weights
 
 STATE = "lightning_rectify_random_state"
 CLIP = {"critic": 0.05, "generator": 0.02}
 MixedPrecision = import_module(f"{NAME}.plugins").MixedPrecision
 strategies = import_module(f"{NAME}.strategies")
-
-
-@pytest.fixture(scope="session")
-def pool():
-    yield POOL
-    POOL.close()
 
 
 # -- noise -------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from lightning_rectify.modules.spectral_gan.metrics import (
     kid_interval,
     precision_recall,
 )
-from tests.helpers.pool import Pool
 
 
 class Pixels(FeatureExtractor):
@@ -352,13 +351,6 @@ def test_wrong_features(function):
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool()
-    yield pool
-    pool.close()
 
 
 def shares(rank, world, case):

@@ -1,0 +1,41 @@
+"""Shuffled batches cut from tensors, for trainings that shall not pay for a sample at a time."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+
+class Batches(IterableDataset[tuple[Tensor, Tensor]]):
+    """Each pass is in an order of its own; a last batch that is not full is left out.
+
+    Nothing is drawn from the global random state.
+
+    Args:
+        images: shape (N, C, H, W).
+        labels: shape (N,).
+        batch_size: of every batch.
+        seed: of the order, and of ``augment``.
+        augment: changes the images of a batch, drawing from the generator.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        seed: int,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    ) -> None:
+        self.images, self.labels, self.batch_size, self.augment = images, labels, batch_size, augment
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.images), generator=self.generator)
+        for index in order[: len(self) * self.batch_size].split(self.batch_size):
+            images = self.images[index]
+            yield images if self.augment is None else self.augment(images, self.generator), self.labels[index]
