@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -172,10 +173,11 @@ def test_as_good_in_half_the_time_asks_for_both() -> None:
 
 
 def test_images_are_cropped_out_of_a_frame_and_mirrored() -> None:
-    from l2l_compare import Batches
+    from image_batches import Batches
+    from l2l_compare import cropped
 
     images, pad = torch.rand(64, 3, 6, 6, generator=torch.Generator().manual_seed(0)), 2
-    batches = Batches(images, torch.arange(64), 64, pad, seed=1)
+    batches = Batches(images, torch.arange(64), 64, seed=1, augment=partial(cropped, pad=pad))
     augmented, numbers = next(iter(batches))
     assert augmented.shape == images.shape
     framed = nn.functional.pad(images, [pad] * 4)
