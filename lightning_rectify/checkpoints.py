@@ -2,10 +2,14 @@
 
 import io
 import os
+import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,6 +24,10 @@ _ZIP, _OLD_PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch.save begin: tod
 
 class BrokenCheckpointError(ValueError):
     """A checkpoint file that is cut short, changed, or none at all."""
+
+
+class UntrustedCheckpointError(UnpicklingError):
+    """A checkpoint file that holds more than tensors and plain values, and could run code when it is loaded."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -72,11 +80,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read it, after :func:`require_whole`; arguments are Lightning's.
 
         Raises:
-            BrokenCheckpointError: if the file is damaged.
+            BrokenCheckpointError: if the file is damaged, or holds no dict.
             FileNotFoundError: if it is not there.
+            UntrustedCheckpointError: if it could run code, unless ``weights_only`` is False.
         """
         require_whole(path)
-        return super().load_checkpoint(path, *args, **kwargs)
+        with _refusing_code(path):
+            saved = super().load_checkpoint(path, *args, **kwargs)
+        require_lightning(saved, path, keys=())  # Fabric's checkpoints have others
+        return saved
 
     def replace(self, path: Path, data: memoryview) -> None:
         """Put the bytes where ``path`` is, in one step.
@@ -97,11 +109,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def require_whole(path: str | Path) -> None:
-    """Refuse a damaged checkpoint file; what is not a local file is not looked at.
+    """Refuse a damaged checkpoint file, and a folder; what is not there or not local is not looked at.
 
     Raises:
         BrokenCheckpointError: with what is wrong, and the newest whole one beside it.
     """
+    if _is_local(path) and Path(path).is_dir():
+        raise BrokenCheckpointError(
+            f"Expected {str(path)!r} to be a checkpoint file but got a folder. Sharded weights are read by the "
+            "strategy that wrote them."
+        )
     if not _is_local(path) or not Path(path).is_file() or (wrong := what_is_wrong(path)) is None:
         return
     other = newest_checkpoint(Path(path).parent)
@@ -109,6 +126,61 @@ def require_whole(path: str | Path) -> None:
     raise BrokenCheckpointError(
         f"Expected {str(path)!r} to be a whole checkpoint but got a damaged file: {wrong}. {instead} in its folder."
     )
+
+
+def read_safely(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint file holds; numbers stay on the disk until they are looked at.
+
+    Raises:
+        BrokenCheckpointError: if it is damaged, or is no checkpoint of Lightning's.
+        UntrustedCheckpointError: if it could run code.
+    """
+    saved = load_plain(path)
+    require_lightning(saved, path)
+    checkpoint: dict[str, Any] = saved
+    return checkpoint
+
+
+def load_plain(path: str | Path) -> Any:
+    """Tensors and plain values of a whole file of torch's; tensors stay on the disk until they are used.
+
+    Raises:
+        BrokenCheckpointError: if it is damaged.
+        UntrustedCheckpointError: if it could run code.
+    """
+    require_whole(path)
+    with Path(path).open("rb") as file:
+        mapped = file.read(len(_ZIP)) == _ZIP  # those of old torch can not be
+    with _refusing_code(path):
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
+
+
+@contextmanager
+def _refusing_code(path: str | Path) -> Iterator[None]:
+    """What torch's safe loader refuses, said in words; its own advise to load the file without it."""
+    try:
+        yield
+    except UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"`{name[1]}`" if name else "something else"
+        raise UntrustedCheckpointError(
+            f"Expected {str(path)!r} to hold tensors and plain values alone but got {what} in it, which loading could "
+            "run: it was not loaded. If the file is your own and names a type of yours, allow that type with "
+            "torch.serialization.add_safe_globals; do not load a stranger's."
+        ) from error
+
+
+def require_lightning(
+    saved: Any, path: str | Path, keys: Iterable[str] = ("state_dict", "pytorch-lightning_version")
+) -> None:
+    """Refuse what was saved by torch but is no checkpoint of Lightning's.
+
+    Raises:
+        BrokenCheckpointError: with what is missing.
+    """
+    if not isinstance(saved, dict) or (missing := [key for key in keys if key not in saved]):
+        got = f"a dict without {', '.join(missing)}" if isinstance(saved, dict) else f"a {type(saved).__name__}"
+        raise BrokenCheckpointError(f"Expected {str(path)!r} to be a checkpoint of Lightning's but got {got}.")
 
 
 def what_is_wrong(path: str | Path) -> str | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import yaml
 
 from lightning_rectify._lightning import (
@@ -27,7 +26,7 @@ from lightning_rectify.callbacks._logs import run_folder
 from lightning_rectify.callbacks.adaptive_rate import AdaptiveRateMonitor
 from lightning_rectify.callbacks.requeue import RequeueBetweenSteps
 from lightning_rectify.callbacks.warmup_probe import WarmupProbe
-from lightning_rectify.checkpoints import AtomicCheckpointIO, newest_checkpoint, require_whole
+from lightning_rectify.checkpoints import AtomicCheckpointIO, newest_checkpoint, read_safely
 from lightning_rectify.modules.base import CLASS_PATH
 
 # The YAML files: inside the installed package, or beside it in a checkout.
@@ -177,6 +176,19 @@ class RectifyCLI(LightningCLI):
             help="After fit, test the best checkpoint (without checkpoints: the last weights).",
         )
 
+    def instantiate_classes(self) -> None:
+        """Lightning's; an argument that a class refuses is reported in the words of the class alone.
+
+        jsonargparse wraps them in what else the key could have been, and in the whole configuration.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            said = re.search(r"^\s*- (Expected arguments? `.*)$", str(error), re.MULTILINE)
+            if said is None:
+                raise
+            raise ValueError(said[1]) from None
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with checkpoint files that are whole or not there, and are of whole steps."""
         trainer = super().instantiate_trainer(**kwargs)
@@ -259,8 +271,7 @@ def _model_of_checkpoint(args: Sequence[Any]) -> dict[str, Any] | None:
             path = str(args[i + 1])
     if path is None or not Path(path).is_file():
         return None
-    require_whole(path)
-    saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    saved = read_safely(path)
     plain = dict(saved.get("hyper_parameters", {}))
     plain.pop("_instantiator", None)
     class_path = plain.pop("_class_path", saved.get(CLASS_PATH))

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_types
+
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 """Ids of padding, of what a vocabulary does not know, and of a sentence's beginning and end; in each vocabulary."""
 
@@ -54,6 +56,7 @@ class Vocabulary:
     """
 
     def __init__(self, model: bytes) -> None:
+        check_types(Vocabulary, locals())
         from sentencepiece import SentencePieceProcessor
 
         self.model, self._processor = bytes(model), SentencePieceProcessor()
@@ -82,20 +85,24 @@ class Vocabulary:
             sentences: one line of text each, at least one; those of more than 65,536 bytes are left out.
             size: number of ids, the four special ones among them, at least 5; for "char" it is an upper bound.
             kind: "bpe" (byte-pair encoding, arXiv:1508.07909), "unigram" (arXiv:1804.10959) or "char" (characters).
-            character_coverage: share of the text's characters that must be known, in (0, 1]; the rarest go first.
+            character_coverage: share of the text's characters that must be known, in [0.98, 1] (what
+                sentencepiece takes); the rarest go first.
 
         Raises:
             ValueError: for an argument outside its range, and if the sentences do not allow ``size``: too large (they
                 do not have so many units) or too small (they have more characters).
         """
+        check_types(Vocabulary.train, locals())
         from sentencepiece import SentencePieceTrainer
 
         if kind not in _KINDS:
             raise ValueError(f"Expected argument `kind` to be one of {', '.join(_KINDS)} but got {kind!r}.")
         if size < 5:
             raise ValueError(f"Expected argument `size` to be at least 5 but got {size!r}.")
-        if not 0 < character_coverage <= 1:
-            raise ValueError(f"Expected argument `character_coverage` to be in (0, 1] but got {character_coverage!r}.")
+        if not 0.98 <= character_coverage <= 1:
+            raise ValueError(
+                f"Expected argument `character_coverage` to be in [0.98, 1] but got {character_coverage!r}."
+            )
         sentences, buffer = list(sentences), io.BytesIO()  # a list, as an iterator's own errors would lose their type
         if not any(sentence.strip() for sentence in sentences):
             raise ValueError("Expected argument `sentences` to hold some text but got none.")

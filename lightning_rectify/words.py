@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_types
+
 UNKNOWN, END = 0, 1
 """Ids of words that a vocabulary does not know, and of a sentence's end; in each vocabulary."""
 
@@ -60,6 +62,7 @@ class WordVocabulary:
     """
 
     def __init__(self, words: Sequence[str]) -> None:
+        check_types(WordVocabulary, locals())
         self.words = list(words)
         if tuple(self.words[:2]) != SPECIAL:
             raise ValueError(f"Expected argument `words` to begin with {SPECIAL} but got {tuple(self.words[:2])}.")
@@ -86,6 +89,7 @@ class WordVocabulary:
         Raises:
             ValueError: for an argument outside its range, and if no word is left.
         """
+        check_types(WordVocabulary.build, locals())
         if min_count < 1:
             raise ValueError(f"Expected argument `min_count` to be at least 1 but got {min_count!r}.")
         if size is not None and size < 3:

@@ -7,6 +7,8 @@ import torch
 
 from tests.helpers.pool import POOL
 
+CASES = "bad_input_cases"  # a property of single tests
+
 
 @pytest.fixture(autouse=True)
 def _restore_process_state(tmp_path, monkeypatch):
@@ -37,3 +39,11 @@ def pool():
     """Two processes joined by gloo, which start with the first job."""
     yield POOL
     POOL.close()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many wrong values the tests of tests/bad_input have tried."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    cases = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == CASES]
+    if cases:
+        terminalreporter.write_line(f"bad input: {sum(cases)} wrong values tried")

@@ -1,6 +1,7 @@
 """The benchmarks run in their quick mode and write what report.py reads; the timer and the report do what they say."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = [
     *("optimizer_step", "monitor_cost", "lr_sensitivity", "variance_simulation", "spectral_cost", "probe_cost"),
+    *("lightning_cost", "house"),
     pytest.param("scaling_efficiency", marks=pytest.mark.slow),  # four processes start
 ]
 
@@ -117,6 +119,50 @@ def test_adaptation_study_runs_goes_on_and_is_rendered(results: Path, report: Mo
         for rows in (json.loads(path.read_text())["rows"], result["rows"])
     )
     assert repeated == once
+
+
+@pytest.mark.parametrize("script", ["spot_scaling", "papers/spot_adaptation_limits"])
+def test_transport_studies_run_go_on_and_are_rendered(script: str, results: Path, report: ModuleType) -> None:
+    name = script.rpartition("/")[2]
+    path = results / f"{name}.json"
+    for _ in range(2):  # the second call reads what the first has left
+        done = call(script, "--quick", "--out", str(path))
+        assert done.returncode == 0, done.stderr
+        text = report.render(name, results)
+        assert text.count("|") >= 8
+    assert str(results) not in path.read_text()
+    rows = json.loads(path.read_text())["rows"]
+    assert all(math.isfinite(row.get("cost", row.get("accuracy"))) for row in rows)
+
+
+#: Bars of the manifold study: mode, then the least and largest slope over the cells and over the local weights.
+SLOPES = {
+    ("circle", "p1"): (-2.3, -1.7, -2.3, -1.7), ("circle", "telescope_p1"): (-2.3, -1.7, -2.3, -1.7),
+    **{("circle", mode): (-3.6, -2.6, -3.2, -2.3) for mode in ("paper", "paper, r = 0.8", "lean", "telescope")},
+    ("sphere", "p1"): (-2.3, -1.7, -1.2, -0.8), ("sphere", "telescope_p1"): (-2.3, -1.7, -1.2, -0.8),
+    ("sphere", "telescope"): (-3.6, -2.6, -2.0, -1.3), ("moment curve", "telescope_p1"): (-2.3, -1.7, -2.3, -1.7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("manifold", "mode"), SLOPES, ids=lambda part: part)
+def test_published_slopes_are_those_of_the_theory(manifold: str, mode: str) -> None:
+    """In every R^D: -2 by cells for degree 1, -3 for degree 2, divided by the dimension for the local weights."""
+    result = json.loads((BENCHMARKS / "results" / "manifold_scaling.json").read_text())
+    (line,) = (line for line in result["table"] if (line["manifold"], line["label"]) == (manifold, mode))
+    low, high, low_local, high_local = SLOPES[manifold, mode]
+    assert len(line["dims"]) == 4
+    for found in line["dims"].values():
+        assert low <= found["slope_size"] <= high
+        assert low_local <= found["slope_local"] <= high_local
+
+
+def test_published_errors_do_not_depend_on_the_space() -> None:
+    """With distances computed alike (bar: 1.05); the torus and R^1000 are among the rows."""
+    result = json.loads((BENCHMARKS / "results" / "manifold_scaling.json").read_text())
+    same = [line for line in result["table"] if line["kind"] == "same"]
+    assert [line["manifold"] for line in same] == ["circle", "sphere"]
+    assert all("1000" in line["dims"] and line["spread"] <= 1 + 1e-9 for line in same)
+    assert any(row["manifold"] == "torus" and row["ambient_dim"] == 1000 for row in result["rows"])
 
 
 def test_every_method_of_the_adaptation_study_can_be_built(monkeypatch) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.attacks.ball import Ball, Norm
 from lightning_rectify.attacks.common import (
     Model,
@@ -82,6 +83,7 @@ def apgd(
     Raises:
         ValueError: for an argument out of its range, naming it.
     """
+    check_types(apgd, locals())
     check_count("steps", steps)
     check_count("restarts", restarts)
     if targets is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.attacks.ball import Norm
 from lightning_rectify.attacks.common import Model, attacking, logits_of, modules_of, prepare
 from lightning_rectify.attacks.losses import check_labels
@@ -56,6 +57,7 @@ def autoattack(
         ImportError: if AutoAttack is not installed.
         ValueError: for an argument out of its range, naming it.
     """
+    check_types(autoattack, locals())
     if (version == "custom") != bool(attacks):
         raise ValueError(
             f"Expected argument `attacks` to be names with version 'custom', and only then, but got {attacks!r} with "

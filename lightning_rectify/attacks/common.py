@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.attacks.ball import Ball, Norm
 from lightning_rectify.attacks.losses import Loss, loss_function
 from lightning_rectify.nn.modes import evaluating
@@ -48,15 +49,18 @@ def input_gradient(model: Model, images: Tensor, labels: Tensor, loss: Loss = "c
     Args:
         model: from images to logits (N, K).
         images: shape (N, C, H, W); below float32 they are taken to float32.
-        labels: right classes, shape (N,).
+        labels: right classes, shape (N,), int64.
         loss: "ce", "margin", "dlr" or a function of logits (N, K) and labels (N,) to (N,).
 
     Returns:
         Gradient (N, C, H, W), loss (N,) and logits (N, K), all detached.
 
     Raises:
-        ValueError: if the model gives no logits of shape (N, K), cannot be differentiated, or ``loss`` is unknown.
+        ValueError: if the model gives no logits of shape (N, K) or cannot be differentiated, the labels are not one
+            integer an image, or ``loss`` is unknown.
     """
+    check_types(input_gradient, locals())
+    check_labels_of(images, labels)
     function = loss_function(loss)
     with _differentiable():
         images, labels = usable(images), usable(labels)
@@ -80,11 +84,16 @@ def correct(model: Model, images: Tensor, labels: Tensor) -> Tensor:
     Args:
         model: from images to logits (N, K).
         images: shape (N, C, H, W).
-        labels: right classes, shape (N,).
+        labels: right classes, shape (N,), int64.
 
     Returns:
         Booleans, shape (N,).
+
+    Raises:
+        ValueError: if the model gives no logits of shape (N, K), or the labels are not one integer an image.
     """
+    check_types(correct, locals())
+    check_labels_of(images, labels)
     with attacking(*modules_of(model)), torch.no_grad():
         return logits_of(model, usable(images)).argmax(1) == labels
 
@@ -135,10 +144,15 @@ def prepare(
             f"Expected argument `images` to be inside `bounds` {bounds} (pixel units; normalization belongs inside the "
             f"model) but got values from {images.min().item():g} to {images.max().item():g}."
         )
+    check_labels_of(images, labels)
+    return Ball.around(usable(images), float(epsilon), norm, bounds), usable(labels)
+
+
+def check_labels_of(images: Tensor, labels: Tensor) -> None:
+    """Refuse labels that are not one integer an image."""
     if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         came = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"Expected argument `labels` to be of shape ({len(images)},) and int64 but got {came}.")
-    return Ball.around(usable(images), float(epsilon), norm, bounds), usable(labels)
 
 
 def check_count(name: str, value: int) -> None:

@@ -1,8 +1,11 @@
 """FGSM and PGD: one step and many steps along the gradient of the image."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.attacks.ball import Ball, Norm
 from lightning_rectify.attacks.common import (
     Model,
@@ -55,7 +58,8 @@ def fgsm(
     Raises:
         ValueError: as in :func:`pgd`.
     """
-    if step_size is None and epsilon > 0.0:
+    check_types(fgsm, locals())
+    if step_size is None and 0.0 < epsilon < math.inf:
         step_size = epsilon
     return pgd(
         model, images, labels, epsilon, steps=1, step_size=step_size, random_start=random_start, norm=norm, loss=loss,
@@ -118,9 +122,10 @@ def pgd(
         >>> attacked.flatten().tolist()  # the right logit falls with -1 and 2
         [0.75, 0.25]
     """
+    check_types(pgd, locals())
     check_count("steps", steps)
     check_count("restarts", restarts)
-    if step_size is not None and not step_size > 0.0:
+    if step_size is not None and not 0.0 < step_size < math.inf:
         raise ValueError(f"Expected argument `step_size` to be above 0 but got {step_size!r}.")
     if not 0.0 <= random_start <= 1.0:
         raise ValueError(

@@ -15,8 +15,9 @@ from lightning_rectify._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_rectify.arguments import check_types
 from lightning_rectify.callbacks._logs import replacing
-from lightning_rectify.checkpoints import AVERAGED_FROM, require_whole
+from lightning_rectify.checkpoints import AVERAGED_FROM, load_plain
 
 
 class CheckpointAverage(ModelCheckpoint):
@@ -62,8 +63,11 @@ class CheckpointAverage(ModelCheckpoint):
         every_n_train_steps: int | None = None,
         save_weights_only: bool = False,
     ) -> None:
+        check_types(CheckpointAverage, locals())
         if last < 1:
             raise ValueError(f"Expected argument `last` to be at least 1 but got {last!r}.")
+        if not filename:
+            raise ValueError("Expected argument `filename` to be the beginning of a file's name but got ''.")
         for name, every in (("every_n_epochs", every_n_epochs), ("every_n_train_steps", every_n_train_steps)):
             if every is not None and every < 1:
                 raise ValueError(f"Expected argument `{name}` to be at least 1, or None, but got {every!r}.")
@@ -193,9 +197,8 @@ def _read(file: Path) -> dict[str, Any]:
     """A checkpoint whose tensors stay on disk until they are used."""
     if file.is_dir():
         raise ValueError(f"Expected each of `paths` to be a file but got the folder {str(file)!r} (sharded weights?).")
-    require_whole(file)
-    checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    if "state_dict" not in checkpoint or "global_step" not in checkpoint:
+    checkpoint: dict[str, Any] = load_plain(file)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "global_step" not in checkpoint:
         raise ValueError(f"Expected each of `paths` to be a checkpoint of Lightning but got {str(file)!r}.")
     return checkpoint
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from lightning_rectify._lightning import BasePredictionWriter, LightningModule, Trainer
+from lightning_rectify.arguments import check_types
 from lightning_rectify.callbacks._drawn import DrawnInFit
 from lightning_rectify.callbacks._logs import is_dry, run_folder, writers
 
@@ -62,12 +63,14 @@ class SampleGrid(DrawnInFit):
     def __init__(
         self, every_n_epochs: int = 1, count: int = 64, columns: int = 8, seed: int = 0, interpolations: int = 8
     ) -> None:
+        check_types(SampleGrid, locals())
         super().__init__(every_n_epochs)
         for name, value, least in (
             ("every_n_epochs", every_n_epochs, 1),
             ("count", count, 1),
             ("columns", columns, 1),
             ("interpolations", interpolations, 0),
+            ("seed", seed, 0),
         ):
             if value < least:
                 raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value}.")
@@ -123,6 +126,7 @@ class SampleWriter(BasePredictionWriter):
     """
 
     def __init__(self, output_dir: str | Path | None = None) -> None:
+        check_types(SampleWriter, locals())
         super().__init__(write_interval="batch")
         self.output_dir = output_dir
         self._folder = Path()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_rectify._lightning import Callback, LightningModule, Trainer
+from lightning_rectify.arguments import check_types
 from lightning_rectify.callbacks._logs import CsvFile, is_dry, replacing, run_folder, writers
 from lightning_rectify.callbacks._sharded import refuse_sharded
 from lightning_rectify.nn.modes import evaluating
@@ -56,6 +57,7 @@ class TranslationWriter(Callback):
     """
 
     def __init__(self, output: str | Path = "-") -> None:
+        check_types(TranslationWriter, locals())
         if not str(output):
             raise ValueError(f"Expected argument `output` to be a path or '-' (standard output) but got {output!r}.")
         self.output = output
@@ -151,6 +153,7 @@ class TranslationSamples(Callback):
     """
 
     def __init__(self, count: int = 8, every_n_epochs: int = 1, beam_size: int = 1) -> None:
+        check_types(TranslationSamples, locals())
         super().__init__()
         for name, value in (("count", count), ("every_n_epochs", every_n_epochs), ("beam_size", beam_size)):
             if value < 1:

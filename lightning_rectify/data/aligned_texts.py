@@ -120,7 +120,9 @@ def find(path: str | Path) -> Path:
     for candidate in (Path(path), zipped):
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"Expected a file {path} or {zipped.name} but found neither in {Path(path).parent}.")
+    raise FileNotFoundError(
+        f"Expected a file {Path(path).name} or {zipped.name} but found neither in {str(Path(path).parent)!r}."
+    )
 
 
 def fetch_multi30k(root: str | Path, languages: Sequence[str]) -> None:

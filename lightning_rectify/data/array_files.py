@@ -9,7 +9,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_rectify.arguments import came
+
 Source = str | os.PathLike[str] | Tensor | NDArray[Any]
+
+
+def check_source(name: str, source: Any) -> None:
+    """Refuse what is neither samples nor the name of a file.
+
+    The data modules annotate such arguments with Any, as jsonargparse would read a file for the value of an argument
+    that may be an object (a Tensor), and the command line would get a table's text in place of its name.
+
+    Args:
+        name: of the argument, for the message.
+        source: what came; None passes.
+
+    Raises:
+        ValueError: for another type.
+    """
+    if source is not None and not isinstance(source, (str, os.PathLike, Tensor, np.ndarray)):
+        raise ValueError(
+            f"Expected argument `{name}` to be an array, a tensor or the path of a .npy or .csv file but got "
+            f"{came(source)}."
+        )
 
 
 def read_samples(name: str, source: Source | None) -> Tensor:

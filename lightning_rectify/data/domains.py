@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rectify._lightning import LightningDataModule
+from lightning_rectify.arguments import came, check_types
 from lightning_rectify.data.domain_sources import DOMAINS, Images, count_classes, read_domain
 from lightning_rectify.data.image_datasets import ArrayImages, pairs, stratified_take
 from lightning_rectify.data.resumable import ResumableLoader, training_loader
@@ -81,6 +82,7 @@ class DomainPairs(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
+        check_types(DomainPairs, locals())
         super().__init__()
         self.domains = {"source": source, "target": target}
         self.roots = {"source": source_root or root, "target": target_root or root}
@@ -243,7 +245,15 @@ class DomainImages(Dataset[Batch]):
 def _check_domain(side: str, domain: Any, root: str | None) -> None:
     if not isinstance(domain, str):
         if side == "source" and not (isinstance(domain, (tuple, list)) and len(domain) == 2):
-            raise ValueError(f"Expected argument `source` to be a domain, or images and labels, but got {domain!r}.")
+            raise ValueError(
+                f"Expected argument `source` to be a domain, or images and labels, but got {came(domain)}."
+            )
+        images = domain[0] if isinstance(domain, (tuple, list)) and len(domain) == 2 else domain
+        if not isinstance(images, (Tensor, np.ndarray)) or images.ndim != 4:
+            raise ValueError(
+                f"Expected argument `{side}` to be a domain or images (N, C, S, S), with or without labels, but got "
+                f"{came(domain)}."
+            )
         return
     if domain not in DOMAINS:
         near = difflib.get_close_matches(domain, DOMAINS, n=1)

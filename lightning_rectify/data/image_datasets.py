@@ -104,6 +104,14 @@ def file_transforms(
     return v2.Compose([*centre, *to_tensor]), v2.Compose([*random, *to_tensor])
 
 
+def as_count(size: int | float | None) -> int | float | None:
+    """A number of samples as an integer; shares and None as they are.
+
+    jsonargparse makes 500.0 of a YAML's 500 where another file of the same call had a share.
+    """
+    return int(size) if isinstance(size, float) and size >= 2 and size.is_integer() else size
+
+
 def split(labels: Tensor, val_size: int | float, train_size: int | None, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the images to train on and of those to validate on, sorted.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import LightningDataModule
+from lightning_rectify.arguments import check_types
 from lightning_rectify.data.image_datasets import (
     ArrayImages,
     FileImages,
@@ -82,6 +83,7 @@ class ImageData(LightningDataModule):
         train_size: int | None = None,
         normalization: str = "dataset",
     ) -> None:
+        check_types(ImageData, locals())
         super().__init__()
         if dataset not in SOURCES:
             near = difflib.get_close_matches(dataset, SOURCES, n=1)

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.data.array_files import Source, read_samples
-from lightning_rectify.data.image_datasets import split
+from lightning_rectify.arguments import check_types
+from lightning_rectify.data.array_files import check_source, read_samples
+from lightning_rectify.data.image_datasets import as_count, split
 from lightning_rectify.data.image_sources import SOURCES, in_memory
 from lightning_rectify.data.manifold_samples import EMBEDDINGS, MANIFOLDS, embed
 from lightning_rectify.data.resumable import ResumableLoader, training_loader
@@ -63,8 +64,8 @@ class ManifoldData(LightningDataModule):
         embedding: str = "orthogonal",
         noise: float = 0.0,
         label_noise: float = 0.0,
-        x: Source | None = None,
-        y: Source | None = None,
+        x: Any = None,
+        y: Any = None,
         num_classes: int | None = None,
         batch_size: int = 64,
         train_size: int | None = None,
@@ -74,8 +75,10 @@ class ManifoldData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
+        check_types(ManifoldData, locals())
+        val_size, test_size = as_count(val_size), as_count(test_size)
         super().__init__()
-        name = dataset or ("digits" if x is None else None)
+        name = "digits" if dataset is None and x is None else dataset
         drawn = name in MANIFOLDS
         _check(name, drawn, locals())
         self.dataset, self.embedding, self.noise, self.label_noise = name, embedding, noise, label_noise
@@ -257,6 +260,8 @@ def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _check(name: str | None, drawn: bool, given: dict[str, Any]) -> None:
     """Refuse arguments of ``ManifoldData`` that are out of their range or do not go together."""
+    check_source("x", given["x"])
+    check_source("y", given["y"])
     if given["x"] is not None and name is not None:
         raise ValueError(f"Expected argument `dataset` to be None with points `x` but got {name!r}.")
     if given["y"] is not None and given["x"] is None:

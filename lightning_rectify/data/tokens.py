@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import LightningDataModule
+from lightning_rectify.arguments import check_types
 from lightning_rectify.data import grammar
 from lightning_rectify.data.aligned_texts import find, read_lines
 from lightning_rectify.data.resumable import EpochSampler, ResumableLoader
@@ -93,6 +94,7 @@ class TokenData(LightningDataModule):
         shuffle: bool = True,
         seed: int = 0,
     ) -> None:
+        check_types(TokenData, locals())
         super().__init__()
         lowest = {
             "min_count": 1, "vocab_size": 3, "batch_size": 1, "streams": 1, "bptt": 1, "eval_streams": 1,

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import LightningDataModule, rank_zero_info
+from lightning_rectify.arguments import check_types
 from lightning_rectify.data.aligned_texts import (
     MULTI30K_FILES,
     Aligned,
@@ -115,6 +116,7 @@ class TranslationData(LightningDataModule):
         seed: int = 0,
         download: bool = False,
     ) -> None:
+        check_types(TranslationData, locals())
         super().__init__()
         _refuse_unknown("dataset", dataset, _DATASETS)
         _refuse_unknown("vocabulary_kind", vocabulary_kind, _KINDS)
@@ -125,7 +127,7 @@ class TranslationData(LightningDataModule):
         }  # fmt: skip
         for name, low in lowest.items():
             value = locals()[name]
-            if value is not None and value < low:
+            if value is not None and not low <= value < float("inf"):
                 raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value!r}.")
         if batch_tokens is not None and batch_size is not None:
             raise ValueError(

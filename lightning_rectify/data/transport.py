@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.data.array_files import Source, read_samples
+from lightning_rectify.arguments import check_types
+from lightning_rectify.data.array_files import check_source, read_samples
+from lightning_rectify.data.image_datasets import as_count
 from lightning_rectify.data.resumable import ResumableLoader, training_loader
 from lightning_rectify.data.transport_truths import TransportProblem, TransportTruth, make_problem
 
@@ -60,8 +62,8 @@ class TransportData(LightningDataModule):
         problem: str | None = None,
         dim: int | None = None,
         cost: str | None = "squared",
-        x: Source | None = None,
-        y: Source | None = None,
+        x: Any = None,
+        y: Any = None,
         batch_size: int = 640,
         epoch_size: int = 64_000,
         train_size: int | None = None,
@@ -70,7 +72,11 @@ class TransportData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
+        check_types(TransportData, locals())
+        val_size = as_count(val_size)
         super().__init__()
+        check_source("x", x)
+        check_source("y", y)
         if (x is None) != (y is None):
             raise ValueError("Expected arguments `x` and `y` to be given together but got one of them.")
         if x is not None and problem is not None:
@@ -85,10 +91,11 @@ class TransportData(LightningDataModule):
         known = x is None
         if val_size is None:
             val_size = 2000 if known else 0.1
-        if val_size < 2 and (known or not 0 < val_size < 1):
+        if not 2 <= val_size < float("inf") and (known or not 0 < val_size < 1):
             wanted = "at least 2" if known else "a share in (0, 1) or at least 2"
             raise ValueError(f"Expected argument `val_size` to be {wanted} but got {val_size!r}.")
-        self.problem: TransportProblem | None = make_problem(problem or "bures2", dim, cost, seed) if known else None
+        name = "bures2" if problem is None else problem
+        self.problem: TransportProblem | None = make_problem(name, dim, cost, seed) if known else None
         self.x, self.y = x, y
         self.batch_size, self.epoch_size, self.train_size, self.val_size = batch_size, epoch_size, train_size, val_size
         self.eval_batch_size, self.num_workers, self.seed = eval_batch_size, num_workers, seed

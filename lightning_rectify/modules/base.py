@@ -18,7 +18,8 @@ from lightning_rectify._lightning import (
     log_next,
     mend_resume,
 )
-from lightning_rectify.checkpoints import require_whole
+from lightning_rectify.arguments import check_types
+from lightning_rectify.checkpoints import read_safely, require_whole
 from lightning_rectify.modules.sharding import class_of, number_as_module, shard
 from lightning_rectify.optim.rectified_adam import RectifiedAdam
 
@@ -71,6 +72,7 @@ class RectifiedModule(LightningModule):
         lr_scheduler_interval: str = "epoch",
         compile: bool = False,
     ) -> None:
+        check_types(RectifiedModule, locals())
         super().__init__()
         if lr_scheduler_interval not in ("step", "epoch"):
             raise ValueError(
@@ -183,11 +185,25 @@ class RectifiedModule(LightningModule):
         """A module of this class from a checkpoint; arguments are Lightning's.
 
         Raises:
-            BrokenCheckpointError: if the file is damaged (torch would not see a changed number).
+            BrokenCheckpointError: if the file is damaged (torch would not see a changed number), or is no checkpoint.
+            UntrustedCheckpointError: if it could run code, unless ``weights_only`` is False.
+            ValueError: if it is another class's and does not fit this one.
         """
+        theirs = None
         if isinstance(checkpoint_path, (str, os.PathLike)):
-            require_whole(os.fspath(checkpoint_path))
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+            path = os.fspath(checkpoint_path)
+            require_whole(path)
+            if kwargs.get("weights_only") is not False and os.path.isfile(path):
+                theirs = read_safely(path).get(CLASS_PATH)
+        own = f"{cls.__module__}.{cls.__qualname__}"
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except (TypeError, RuntimeError) as error:
+            if theirs is None or theirs == own:
+                raise
+            raise ValueError(
+                f"Expected {str(checkpoint_path)!r} to be a checkpoint of {own} but got one of {theirs}: {error}"
+            ) from error
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random states until training goes on."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rectify.arguments import check_least, check_types
+
 Norm = Literal["batch", "group", "none"]
 
 
@@ -31,6 +33,8 @@ def build_network(name: str, num_classes: int, in_channels: int = 3, **kwargs: A
         >>> sum(p.numel() for p in network.parameters())
         269722
     """
+    check_types(build_network, locals())
+    check_least(1, num_classes=num_classes, in_channels=in_channels)
     make = _constructor(name, in_channels)
     try:
         return make(num_classes=num_classes, **kwargs)
@@ -80,6 +84,7 @@ class SmallCNN(nn.Module):
     def __init__(
         self, num_classes: int, in_channels: int = 1, width: int = 32, norm: Norm = "batch", dropout: float = 0.0
     ) -> None:
+        check_types(SmallCNN, locals())
         super().__init__()
         if width < 1:
             raise ValueError(f"Expected argument `width` to be at least 1 but got {width}.")
@@ -131,6 +136,7 @@ class CifarResNet(nn.Module):
     """
 
     def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3) -> None:
+        check_types(CifarResNet, locals())
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"Expected argument `depth` to be 6 n + 2, at least 8, but got {depth}.")

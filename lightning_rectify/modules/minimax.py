@@ -18,6 +18,7 @@ from lightning_rectify._lightning import (
     rank_zero_info,
     uncounted,
 )
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.base import RectifiedModule
 
 _NOISE = "noise_"  # and the kind of device: no generator takes another kind's state
@@ -90,6 +91,7 @@ class MinimaxModule(RectifiedModule):
         averages: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_types(MinimaxModule, locals())
         super().__init__(**kwargs)
         self.automatic_optimization = False
         clip = dict.fromkeys(self.players, clip_norm) if isinstance(clip_norm, (int, float)) else clip_norm or {}

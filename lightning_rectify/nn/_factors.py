@@ -221,7 +221,8 @@ def load_plain_weight(
 def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """Autocast off on the tensor's device: in bfloat16 an orthonormal U would be off by 1e-3."""
     kind = tensor.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # Not torch.amp.is_autocast_available: torch.compile of torch 2.6 cannot follow it.
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_types
+
 _SMALLEST = 1e-7  # values are clamped here before a logarithm, as in the spacings of the authors' code
 _GRID = 20_001  # points on [0, 1] for the quantiles of a law given by its log-density
 
@@ -92,6 +94,7 @@ class SpectralConstraint(Control):
     bound: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(SpectralConstraint, vars(self))
         _check_positive("bound", self.bound)
 
     def project(self, e: Tensor) -> None:
@@ -117,6 +120,7 @@ class LipschitzRegularizer(Control):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(LipschitzRegularizer, vars(self))
         _check_weight(self.weight)
 
     def penalty(self, spectra: Sequence[Tensor]) -> Tensor:
@@ -142,6 +146,7 @@ class DOptimal(Control):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(DOptimal, vars(self))
         _check_weight(self.weight)
 
     def penalty(self, spectra: Sequence[Tensor]) -> Tensor:
@@ -179,6 +184,7 @@ class Divergence(Control):
     spacing: float = 1e-4
 
     def __post_init__(self) -> None:
+        check_types(Divergence, vars(self))
         _check_weight(self.weight)
         _check_positive("scale", self.scale)
         _check_positive("spacing", self.spacing)

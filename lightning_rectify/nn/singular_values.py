@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.nn._matrices import MATRIX_LAYERS, in_double, is_transposed, to_matrix
 
 _MOST_ENTRIES = 2**21  # complex entries of the symbol held at a time: 32 MB
@@ -31,6 +32,7 @@ def weight_matrix(layer: nn.Module) -> Tensor:
         >>> weight_matrix(nn.ConvTranspose2d(3, 8, 4)).shape
         torch.Size([8, 48])
     """
+    check_types(weight_matrix, locals())
     _check_layer(layer)
     return to_matrix(layer.weight, is_transposed(layer), getattr(layer, "groups", 1))  # type: ignore[arg-type]
 
@@ -56,6 +58,7 @@ def singular_values(matrix: Tensor) -> Tensor:
         >>> singular_values(torch.tensor([[3.0, 0.0, 0.0], [0.0, -4.0, 0.0]])).tolist()
         [4.0, 3.0]
     """
+    check_types(singular_values, locals())
     if matrix.dim() != 2:
         raise ValueError(f"Expected argument `matrix` to have two dimensions but got shape {tuple(matrix.shape)}.")
     wide = in_double(matrix)
@@ -132,6 +135,7 @@ def convolution_norm(layer: nn.Module, size: int | tuple[int, ...]) -> float:
         >>> round(convolution_norm(layer, 8), 6)
         9.0
     """
+    check_types(convolution_norm, locals())
     _check_layer(layer)
     if isinstance(layer, nn.Linear):
         raise ValueError(f"Expected argument `layer` to be a convolution but got {layer!r}.")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.nn._factors import (
     Settings,
     at_least_float32,
@@ -101,6 +102,7 @@ def spectral_control(
         >>> {name: tuple(spectrum(layer).shape) for name, layer in controlled_layers(critic).items()}
         {'0': (4,), '2': (1,)}
     """
+    check_types(spectral_control, locals())
     baseline = control if isinstance(control, str) and control in BASELINES else None
     controls = () if baseline else resolve_controls(control)
     if start not in ("weight", "ones", "spread"):
@@ -239,6 +241,7 @@ def matrix_layers(module: nn.Module, exclude: str | Sequence[str] = ()) -> dict[
     Raises:
         ValueError: if an entry of ``exclude`` matches no module.
     """
+    check_types(matrix_layers, locals())
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     unused = set(patterns)
     found: dict[str, nn.Module] = {}

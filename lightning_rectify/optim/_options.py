@@ -1,11 +1,13 @@
 """The options of a parameter group: checked when it is added, and read at each step."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import came
 from lightning_rectify.optim.variance import Order, check_rectifies, rectification
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -48,6 +50,29 @@ def rectification_of(group: dict[str, Any], step: float) -> float:
     return rectification(step, group["betas"][1], threshold=group["threshold"], rectifier=group["rectifier"])
 
 
+def checked_params(params: Any) -> list[Any]:
+    """The parameters of a constructor, once it is sure that torch understands them.
+
+    Raises:
+        ValueError: unless they are an iterable of tensors, pairs of name and tensor, or groups with ``params``.
+    """
+    given = list(params) if isinstance(params, Iterable) and not isinstance(params, (Tensor, str, bytes)) else []
+    wrong = [each for each in given if not _is_param(each)] if given else [params]
+    if wrong:
+        raise ValueError(
+            f"Expected argument `params` to be tensors, pairs of a name and a tensor, or groups (dicts with `params`), "
+            f"at least one, but got {came(wrong[0])}."
+        )
+    return given
+
+
+def _is_param(each: Any) -> bool:
+    if isinstance(each, dict):
+        return "params" in each
+    tensor = each[1] if isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) else each
+    return isinstance(tensor, Tensor)
+
+
 def check_options(group: dict[str, Any]) -> None:
     """Raise ValueError for an option of a group that is out of its range."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -60,6 +85,8 @@ def check_options(group: dict[str, Any]) -> None:
             raise ValueError(f"Expected argument `{name}` to be a number >= 0 but got {value}.")
     if not 0.0 <= beta1 < 1.0:
         raise ValueError(f"Expected argument `betas[0]` to be in [0, 1) but got {beta1}.")
+    if not 0.0 < beta2 < 1.0:
+        raise ValueError(f"Expected argument `betas[1]` to be in (0, 1) but got {beta2}.")
     check_rectifies(beta2, group["threshold"], group["rectifier"])
     if group["early_phase"] not in ("momentum", "skip", "adam"):
         raise ValueError(

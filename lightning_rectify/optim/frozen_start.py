@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_rectify.arguments import check_types
+from lightning_rectify.optim._options import checked_params
+
 
 class FrozenStartAdam(Optimizer):
     r"""Adam that first only looks: for ``frozen_steps`` steps the second moment is updated and nothing else.
@@ -45,13 +48,14 @@ class FrozenStartAdam(Optimizer):
         weight_decay: float = 0.0,
         frozen_steps: int = 2000,
     ) -> None:
+        check_types(FrozenStartAdam, locals())
         numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "frozen_steps": frozen_steps}
         for name, value in numbers.items():
-            if not value >= 0:
+            if not 0 <= value < float("inf"):
                 raise ValueError(f"Expected argument `{name}` to be at least 0 but got {value}.")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"Expected argument `betas` to be in [0, 1) each but got {betas}.")
-        super().__init__(params, {**numbers, "betas": tuple(betas)})
+        super().__init__(checked_params(params), {**numbers, "betas": tuple(betas)})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

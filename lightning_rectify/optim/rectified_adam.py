@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_rectify.optim._options import check_options, rectification_of, rule_of
+from lightning_rectify.arguments import check_types
+from lightning_rectify.optim._options import check_options, checked_params, rectification_of, rule_of
 from lightning_rectify.optim._updates import (
     LOW_PRECISION,
     Tensors,
@@ -125,6 +126,7 @@ class RectifiedAdam(torch.optim.RAdam):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
+        check_types(RectifiedAdam, locals())
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
@@ -142,7 +144,7 @@ class RectifiedAdam(torch.optim.RAdam):
         }
         self._rates: list[RectifiedRate] = []
         # Past RAdam's constructor, which knows neither our options nor our checks.
-        super(torch.optim.RAdam, self).__init__(params, defaults)
+        super(torch.optim.RAdam, self).__init__(checked_params(params), defaults)
         self._step_supports_amp_scaling = bool(fused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

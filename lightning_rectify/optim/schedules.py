@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
+from lightning_rectify.arguments import check_types
+
 
 class _ClosedForm(LRScheduler):
     """A schedule that is a function of the update's number alone."""
@@ -62,6 +64,7 @@ class LinearWarmup(_ClosedForm):
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, start_factor: float = 0.0) -> None:
+        check_types(LinearWarmup, locals())
         _check_steps("warmup_steps", warmup_steps)
         _check_part("start_factor", start_factor)
         self.warmup_steps, self.start_factor = warmup_steps, start_factor
@@ -91,6 +94,7 @@ class InverseSquareRoot(_ClosedForm):
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, start_factor: float = 0.0) -> None:
+        check_types(InverseSquareRoot, locals())
         _check_steps("warmup_steps", warmup_steps)
         _check_part("start_factor", start_factor)
         self.warmup_steps, self.start_factor = warmup_steps, start_factor
@@ -132,6 +136,7 @@ class LinearDecay(_ClosedForm):
         final_lr: float = 0.0,
         start_lr: float = 0.0,
     ) -> None:
+        check_types(LinearDecay, locals())
         _check_steps("warmup_steps", warmup_steps)
         if not total_steps > warmup_steps:
             raise ValueError(
@@ -173,6 +178,7 @@ class UntunedLinearWarmup(_ClosedForm):
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
+        check_types(UntunedLinearWarmup, locals())
         _check_betas(optimizer, type(self).__name__)
         super().__init__(optimizer)
 
@@ -195,6 +201,7 @@ class UntunedExponentialWarmup(_ClosedForm):
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
+        check_types(UntunedExponentialWarmup, locals())
         _check_betas(optimizer, type(self).__name__)
         super().__init__(optimizer)
 

@@ -10,10 +10,13 @@ All functions take a float or a tensor (any shape, kept) and return the same; th
 """
 
 import math
+from numbers import Real
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from lightning_rectify.arguments import came
 
 Order = Literal["exact", "first_order"]
 Number = TypeVar("Number", float, Tensor)
@@ -32,8 +35,8 @@ def sma_limit(beta2: float) -> float:
     Raises:
         ValueError: if ``beta2`` is outside (0, 1).
     """
-    if not 0.0 < beta2 < 1.0:
-        raise ValueError(f"Expected argument `beta2` to be in (0, 1) but got {beta2}.")
+    if not _is_number(beta2) or not 0.0 < beta2 < 1.0:
+        raise ValueError(f"Expected argument `beta2` to be in (0, 1) but got {came(beta2)}.")
     return (1.0 + beta2) / (1.0 - beta2)
 
 
@@ -119,8 +122,8 @@ def adaptive_rate_variance(rho: Number, order: Order = "exact") -> Number:
         >>> round(adaptive_rate_variance(5.0), 6), round(adaptive_rate_variance(5.0, "first_order"), 6)
         (0.251956, 0.833333)
     """
-    if order not in ("exact", "first_order"):
-        raise ValueError(f"Expected argument `order` to be 'exact' or 'first_order' but got {order!r}.")
+    if not isinstance(order, str) or order not in ("exact", "first_order"):
+        raise ValueError(f"Expected argument `order` to be 'exact' or 'first_order' but got {came(order)}.")
     first_finite = 2.0 if order == "exact" else 4.0
     if isinstance(rho, Tensor):
         rho = rho.double()
@@ -248,13 +251,13 @@ def check_rectifies(beta2: float, threshold: float, rectifier: Order) -> None:
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    if rectifier not in ("first_order", "exact"):
-        raise ValueError(f"Expected argument `rectifier` to be 'first_order' or 'exact' but got {rectifier!r}.")
+    if not isinstance(rectifier, str) or rectifier not in ("first_order", "exact"):
+        raise ValueError(f"Expected argument `rectifier` to be 'first_order' or 'exact' but got {came(rectifier)}.")
     lowest = 4.0 if rectifier == "first_order" else 2.0
-    if not threshold >= lowest:
+    if not _is_number(threshold) or not lowest <= threshold < math.inf:
         raise ValueError(
             f"Expected argument `threshold` to be at least {lowest:g} with rectifier {rectifier!r} (below it the "
-            f"variance is infinite) but got {threshold}."
+            f"variance is infinite) but got {came(threshold)}."
         )
     if sma_limit(beta2) <= threshold:
         smallest = (threshold - 1.0) / (threshold + 1.0)
@@ -282,6 +285,7 @@ def effective_warmup(beta2: float, *, threshold: float = 5.0, rectifier: Order =
         >>> round(effective_warmup(0.999), 1)
         1033.3
     """
+    check_rectifies(beta2, threshold, rectifier)
     # 1 - r_t falls like t * beta2^t, so 40 time constants leave nothing that a float64 sum could see.
     steps = torch.arange(1, int(40.0 / (1.0 - beta2)) + 2, dtype=torch.float64)
     return (1.0 - rectification(steps, beta2, threshold=threshold, rectifier=rectifier)).sum().item()
@@ -301,10 +305,14 @@ def _tensor_closed_form(rho: Tensor) -> Tensor:
 
 
 def _check_step(step: float) -> None:
-    if not step >= 1.0:
-        raise ValueError(f"Expected argument `step` to be at least 1 but got {step}.")
+    if not _is_number(step) or not step >= 1.0:
+        raise ValueError(f"Expected argument `step` to be at least 1 but got {came(step)}.")
 
 
 def _check_rho(rho: float) -> None:
-    if not rho > 0.0:
-        raise ValueError(f"Expected argument `rho` to be positive but got {rho}.")
+    if not _is_number(rho) or not rho > 0.0:
+        raise ValueError(f"Expected argument `rho` to be positive but got {came(rho)}.")
+
+
+def _is_number(value: object) -> bool:  # cheaper than `check_types`: the optimizer asks at each step
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -251,7 +251,7 @@ def test_bad_arguments(attack, change, message):
     [
         (pgd, {"steps": 0}, "`steps` to be an integer of at least 1 but got 0"),
         (pgd, {"steps": True}, "`steps`"),
-        (pgd, {"restarts": 1.5}, "`restarts` to be an integer of at least 1 but got 1.5"),
+        (pgd, {"restarts": 1.5}, "`restarts` to be an integer but got 1.5"),
         (pgd, {"step_size": 0.0}, "`step_size` to be above 0 but got 0.0"),
         (fgsm, {"step_size": -1.0}, "`step_size` to be above 0"),
         (fgsm, {"random_start": 1.5}, r"`random_start` to be a share of epsilon in \[0, 1\] but got 1.5"),

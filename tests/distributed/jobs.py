@@ -3,11 +3,14 @@
 from importlib import import_module
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import NAME, Callback
 from lightning_rectify.callbacks import AdaptiveRateMonitor
+from lightning_rectify.callbacks.adaptive_rate.watch import OptimizerWatch
+from lightning_rectify.optim import RectifiedAdam
 from tests.contract.jobs import make
 from tests.helpers.training import CSVLogger, trainer
 
@@ -120,3 +123,29 @@ def watch(stem, where=None, watched=True, folder="."):
 
 def watch_sharded(**options):
     return watch(where=fsdp(), **options)
+
+
+def replicas():
+    """What the monitor reads of shards, replicas and plain tensors side by side, and of all plain ones."""
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(7, 3, generator=generator) for _ in range(3)]
+    gradients = [torch.randn(7, 3, generator=generator) for _ in range(3)]
+    mesh = init_device_mesh("cpu", (2,))
+    placements = {"mixed": ([Shard(0)], [Replicate()], None), "plain": (None, None, None)}
+    found = {}
+    for name, ways in placements.items():
+
+        def placed(part, ways=ways):
+            return [t if way is None else distribute_tensor(t, mesh, way) for t, way in zip(part, ways, strict=True)]
+
+        parameters = [torch.nn.Parameter(tensor.clone()) for tensor in placed(starts)]
+        optimizer = RectifiedAdam(parameters, foreach=False, fused=False)
+        watched = OptimizerWatch(optimizer, {}, ["model"], False, 20, rows=2, seed=0)
+        for parameter, gradient in zip(parameters, placed(gradients), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        watched.rebuild()
+        watched.record()
+        ((_, block),) = watched.blocks(lambda tensor: [torch.distributed.all_reduce(tensor), tensor][1])
+        found[name] = [torch.from_numpy(block.v), torch.from_numpy(block.g)]
+    return found

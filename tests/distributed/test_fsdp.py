@@ -84,6 +84,14 @@ def test_monitor_reads_what_one_process_reads_with_one_collective_a_point(pool, 
     assert [a["collectives"] - b["collectives"] for a, b in zip(ranks, bare, strict=True)] == [8, 8]
 
 
+def test_monitor_counts_once_what_several_processes_hold(pool):
+    """As with weights that FSDP2 was told to ignore, replicas of shards, or a tensor parallel user's."""
+    for found in pool.run(f"{JOBS}.replicas"):
+        assert len(found["plain"][0][0]) == 20
+        for mixed, plain in zip(found["mixed"], found["plain"], strict=True):
+            assert torch.equal(mixed, plain)  # zeros are added, and twice a number is halved
+
+
 def test_options_of_the_trainer_work_sharded(pool):
     """Clipping of the whole gradient and accumulation."""
     row = TRANSLATION

@@ -310,7 +310,7 @@ def test_sparse_gradients_are_refused():
         ({"weight_decay": -1.0}, "`weight_decay`"),
         ({"betas": (1.0, 0.999)}, r"`betas\[0\]`"),
         ({"betas": (0.9, 0.65)}, "no step would ever be rectified"),
-        ({"betas": (0.9, 1.0)}, "`beta2`"),
+        ({"betas": (0.9, 1.0)}, r"`betas\[1\]`"),
         ({"early_phase": "none"}, "`early_phase`"),
         ({"threshold": 3.9}, "`threshold`"),
         ({"rectifier": "best"}, "`rectifier`"),

@@ -15,6 +15,7 @@ from lightning_rectify._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.callbacks._logs import add_layout, is_dry, require_logger, run_folder, writers
 from lightning_rectify.callbacks._sharded import reshard
 from lightning_rectify.callbacks.adaptive_rate.alarms import AdaptiveRateWarning, GroupAlarms
@@ -98,6 +99,7 @@ class AdaptiveRateMonitor(Callback):
         strict: bool = True,
         seed: int = 0,
     ) -> None:
+        check_types(AdaptiveRateMonitor, locals())
         super().__init__()
         if every_n_steps < 1:
             raise ValueError(f"Expected argument `every_n_steps` to be at least 1 but got {every_n_steps}.")
@@ -105,6 +107,7 @@ class AdaptiveRateMonitor(Callback):
             raise ValueError(
                 f"Expected argument `sample_size` to be at least 2, or None for all, but got {sample_size}."
             )
+        check_least(0, seed=seed)
         self.every_n_steps, self.sample_size, self.per_layer = every_n_steps, sample_size, per_layer
         self.histograms, self.figure, self.strict, self.seed = histograms, figure, strict, seed
         #: findings so far: (alarm, group) -> message

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from lightning_rectify._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_rectify.arguments import check_types
 from lightning_rectify.attacks.ball import Norm
 from lightning_rectify.attacks.common import attacking, input_gradient
 from lightning_rectify.attacks.gradient import pgd
@@ -29,6 +31,8 @@ from lightning_rectify.callbacks.robustness.report import robust_report
 
 PREFIX = "robustness"
 ROBUST_ACCURACY = "val/robust_accuracy"
+# What can be said to `robust_report` beside what the monitor gives it by place.
+_REPORT_OPTIONS = [name for name in signature(robust_report).parameters if name not in ("model", "data", "epsilon")]
 _OWN = ("own_images", "own_attack_accuracy", "sign_agreement", "saturation")
 _LAYOUT = {
     "Robustness": {
@@ -130,6 +134,7 @@ class RobustnessMonitor(Callback):
         report_options: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
+        check_types(RobustnessMonitor, locals())
         super().__init__()
         if epsilon is not None and not 0 < epsilon < float("inf"):
             raise ValueError(f"Expected argument `epsilon` to be above 0, or None, but got {epsilon!r}.")
@@ -145,6 +150,15 @@ class RobustnessMonitor(Callback):
         ):
             if value < least:
                 raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value!r}.")
+        if bounds is not None and not -float("inf") < bounds[0] < bounds[1] < float("inf"):
+            raise ValueError(
+                f"Expected argument `bounds` to be two finite numbers, the lower first, or None, but got {bounds!r}."
+            )
+        if unknown := set(report_options or ()) - set(_REPORT_OPTIONS):
+            raise ValueError(
+                f"Expected argument `report_options` to be some of {', '.join(_REPORT_OPTIONS)} but got "
+                f"{', '.join(map(repr, sorted(unknown, key=str)))}."
+            )
         if not 0 < own_attack_gap <= 1:
             raise ValueError(f"Expected argument `own_attack_gap` to be in (0, 1] but got {own_attack_gap!r}.")
         self.epsilon, self.norm, self.bounds = epsilon, norm, bounds

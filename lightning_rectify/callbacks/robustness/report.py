@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import came, check_least, check_types
 from lightning_rectify.attacks.ball import Norm
 from lightning_rectify.attacks.common import Model, attacking, modules_of
 from lightning_rectify.callbacks._untouched import random_state, untouched
@@ -119,10 +120,14 @@ def robust_report(
         >>> round(report.clean_accuracy, 3), round(report.robust_accuracy, 3)
         (1.0, 0.667)
     """
+    check_types(robust_report, locals())
+    check_least(0, seed=seed)
     begin = time.perf_counter()
     given = {"steps": steps, "restarts": restarts, "epsilons": epsilons or ()}
     _check(epsilon, norm, bounds, given, attacks, {"apgd_steps": apgd_steps, "queries": queries,
                                                    "batch_size": batch_size})  # fmt: skip
+    if not callable(model):
+        raise ValueError(f"Expected argument `model` to be callable, images to logits, but got {came(model)}.")
     plan = Plan(
         epsilon, norm, bounds, sorted(set(steps)), sorted(set(restarts)),
         sorted(set(epsilons or [factor * epsilon for factor in (0.5, 1, 2, 4)])), attacks, apgd_steps, queries,
@@ -130,7 +135,7 @@ def robust_report(
     sources = _sources(transfer_from)
     own = _own_attack(model, own_attack)
     modules = [module for each in (model, *sources.values()) for module in modules_of(each)]
-    where = torch.device(device) if device is not None else device_of(modules_of(model))
+    where = _device(device) if device is not None else device_of(modules_of(model))
     with ExitStack() as stack:
         # Loaders draw from the global random state; so may an own attack, or from a generator that the module holds.
         stack.enter_context(random_state(seed, where, [data]))
@@ -302,6 +307,13 @@ def _own_attack(model: Any, given: Callable[[Tensor, Tensor], Tensor] | bool | N
     return attack if callable(attack) else None
 
 
+def _device(given: str | torch.device) -> torch.device:
+    try:
+        return torch.device(given)
+    except RuntimeError as error:
+        raise ValueError(f"Expected argument `device` to be a device of torch but got {given!r}.") from error
+
+
 def _sources(transfer_from: Any) -> dict[str, Any]:
     if transfer_from is None:
         return {}
@@ -335,7 +347,7 @@ def _check(
         )
     for name, values in lists.items():
         least = 0 if name == "epsilons" else 1
-        if (not values and name != "epsilons") or any(v <= 0 or v < least for v in values):
+        if (not values and name != "epsilons") or not all(0 < v < float("inf") and v >= least for v in values):
             wanted = "numbers above 0" if name == "epsilons" else "at least one number, each at least 1"
             raise ValueError(f"Expected argument `{name}` to hold {wanted} but got {tuple(values)!r}.")
     for attack in attacks:

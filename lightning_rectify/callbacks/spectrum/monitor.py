@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from lightning_rectify._lightning import Callback, LightningModule, Trainer, rank_zero_info
+from lightning_rectify.arguments import check_types
 from lightning_rectify.callbacks._logs import add_layout, is_dry, require_logger, run_folder, writers
 from lightning_rectify.callbacks._sharded import refuse_sharded
 from lightning_rectify.callbacks.spectrum.dashboard import PREFIX, Records, SpectrumStore, draw, layout
@@ -80,6 +81,7 @@ class SpectrumMonitor(Callback):
         figure: bool = True,
         values: bool = True,
     ) -> None:
+        check_types(SpectrumMonitor, locals())
         super().__init__()
         if every_n_steps < 1:
             raise ValueError(f"Expected argument `every_n_steps` to be at least 1 but got {every_n_steps}.")

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from lightning_rectify._lightning import LightningModule, Trainer
+from lightning_rectify.arguments import check_types
 from lightning_rectify.callbacks._drawn import DrawnInFit
 from lightning_rectify.callbacks._logs import is_dry, run_folder, writers
 from lightning_rectify.callbacks.transport.figures import Pair, draw_pairs, draw_plan_of_numbers, image_pairs
@@ -70,6 +71,7 @@ class PlanFigure(DrawnInFit):
         grid: int = 121,
         seed: int = 0,
     ) -> None:
+        check_types(PlanFigure, locals())
         super().__init__(every_n_epochs)
         for name, value, least in (
             ("every_n_epochs", every_n_epochs, 1),
@@ -82,9 +84,9 @@ class PlanFigure(DrawnInFit):
             if value < least:
                 raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value!r}.")
         low, high = image_range
-        if not low < high:
+        if not -float("inf") < low < high < float("inf"):
             raise ValueError(
-                f"Expected argument `image_range` to be a smaller and a larger number but got {image_range}."
+                f"Expected argument `image_range` to be a smaller and a larger finite number but got {image_range}."
             )
         self.count, self.images, self.columns = count, images, columns
         self.image_range, self.grid, self.seed = (low, high), grid, seed

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lightning_rectify._lightning import Callback, EndFit, LightningDataModule, LightningModule, Trainer, rank_zero_info
+from lightning_rectify.arguments import check_types
 from lightning_rectify.callbacks._logs import is_dry, run_folder, writers
 from lightning_rectify.callbacks._untouched import random_state
 from lightning_rectify.callbacks.warmup_probe.gradients import LossFunction
@@ -96,6 +97,7 @@ class WarmupProbe(Callback):
         seed: int = 0,
         stop: bool = False,
     ) -> None:
+        check_types(WarmupProbe, locals())
         super().__init__()
         self.options = ProbeOptions(streams, steps, sample_size, beta2, tolerance, worse_than, loss, accumulate, seed)
         self.stop = stop
@@ -168,6 +170,7 @@ def probe_warmup(
     Raises:
         ValueError: as :class:`WarmupProbe` does.
     """
+    check_types(probe_warmup, locals())
     probe = WarmupProbe(streams, steps, sample_size, beta2, tolerance, worse_than, loss, accumulate, seed, stop=True)
     probe._silent = True
     datamodule = data if isinstance(data, LightningDataModule) else None

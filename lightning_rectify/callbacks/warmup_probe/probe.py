@@ -56,8 +56,10 @@ class ProbeOptions:
                 raise ValueError(f"Expected argument `{name}` to be an integer of at least {low} but got {value!r}.")
         if self.beta2 is not None and not 0.0 < self.beta2 < 1.0:
             raise ValueError(f"Expected argument `beta2` to be in (0, 1), or None, but got {self.beta2!r}.")
+        if isinstance(self.loss, Mapping) and not self.loss:
+            raise ValueError("Expected argument `loss` to be a function, or a dict of them by player, but got {}.")
         for name in ("tolerance", "worse_than"):
-            if not getattr(self, name) > 1.0:
+            if not 1.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"Expected argument `{name}` to be above 1 but got {getattr(self, name)!r}.")
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.base import RectifiedModule
 from lightning_rectify.modules.image_networks import build_network
 
@@ -49,6 +50,7 @@ class ImageClassifier(RectifiedModule):
         network_args: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_types(ImageClassifier, locals())
         super().__init__(**kwargs)
         lowest = {"num_classes": (num_classes, 2), "in_channels": (in_channels, 1), "image_size": (image_size, 1)}
         for name, (value, low) in lowest.items():

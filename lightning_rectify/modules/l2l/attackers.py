@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_least, check_types
+
 Norm = Literal["batch", "group", "none"]
 
 _SQRT2 = math.sqrt(2.0)
@@ -42,6 +44,8 @@ def build_attacker(
         >>> sum(p.numel() for p in attacker.parameters())
         7117
     """
+    check_types(build_attacker, locals())
+    check_least(1, channels=channels)
     if name not in _NAMED:
         raise ValueError(f"Expected argument `attacker` to be one of {', '.join(_NAMED)} but got {name!r}.")
     inputs = 2 * channels if gradient else channels
@@ -91,6 +95,9 @@ class FullResolutionAttacker(nn.Module):
         skip: bool = False,
         gain: float = 1.0,
     ) -> None:
+        check_types(FullResolutionAttacker, locals())
+        check_least(1, inputs=inputs, outputs=outputs)
+        _check_multiples(multiples)
         super().__init__()
         _check(width, norm, gain)
         widths = [width * multiple for multiple in multiples]
@@ -145,6 +152,9 @@ class StridedAttacker(nn.Module):
         gain: float = 2.0,
         learn_gain: bool = False,
     ) -> None:
+        check_types(StridedAttacker, locals())
+        check_least(1, inputs=inputs, outputs=outputs, shrink=shrink)
+        _check_multiples(multiples)
         super().__init__()
         _check(width, norm, gain)
         widths = [width * multiple for multiple in multiples]
@@ -236,10 +246,18 @@ def _pass_gradient_on(head: nn.Conv2d, channels: int) -> None:
         head.weight[channel, first + channel, 1, 1] = 1.0
 
 
+def _check_multiples(multiples: Sequence[int]) -> None:
+    if len(multiples) < 2 or min(multiples) < 1:
+        raise ValueError(
+            f"Expected argument `multiples` to be two or more integers of at least 1, of the stem and of each block, "
+            f"but got {multiples!r}."
+        )
+
+
 def _check(width: int, norm: str, gain: float) -> None:
     if width < 1:
         raise ValueError(f"Expected argument `width` to be at least 1 but got {width!r}.")
     if norm not in ("batch", "group", "none"):
         raise ValueError(f"Expected argument `norm` to be 'batch', 'group' or 'none' but got {norm!r}.")
-    if not gain > 0:
+    if not 0 < gain < math.inf:
         raise ValueError(f"Expected argument `gain` to be above 0 but got {gain!r}.")

@@ -6,13 +6,15 @@ text was not at hand this follows the authors' code; departures are named.
 """
 
 from contextlib import nullcontext
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.attacks.ball import Ball
-from lightning_rectify.attacks.common import attacking, input_gradient
+from lightning_rectify.attacks.common import attacking, check_labels_of, input_gradient
+from lightning_rectify.modules.l2l.settings import check_at_least, check_ball, check_choices
 
 GradientScale = Literal["sample_std", "batch_max"]
 
@@ -94,7 +96,7 @@ def learned_attack(
         classifier: :math:`f`, maps images in pixel units to logits (N, K).
         images: inside ``bounds``, shape (N, C, H, W); below float32 they are taken to float32.
         labels: right classes, shape (N,). They enter through the gradient only.
-        epsilon: radius of the ball (l-infinity), in pixel units.
+        epsilon: radius of the ball (l-infinity), in pixel units, above 0.
         gradient: whether the attacker sees the gradient ("Grad L2L") or not ("Naive L2L", which sees no label).
         steps: how often the attacker is applied, at least 1.
         scale: see :func:`scale_gradient`.
@@ -106,8 +108,18 @@ def learned_attack(
         generator: of the random start.
 
     Raises:
-        ValueError: if the attacker's output has not the shape of the images.
+        ValueError: for an argument outside its range; if the attacker's output has not the shape of the images.
     """
+    check_types(learned_attack, locals())
+    check_at_least(1, steps=steps)
+    check_choices(scale=(scale, get_args(GradientScale)), attack_bn=(attack_bn, ("eval", "train")))
+    check_ball(epsilon, bounds, None, random_start)
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"Expected argument `images` to be of shape (N, C, H, W) and floating point but got {tuple(images.shape)} "
+            f"of {images.dtype}."
+        )
+    check_labels_of(images, labels)
     if images.dtype in (torch.float16, torch.bfloat16):
         images = images.float()
     ball = Ball.around(images, epsilon, "linf", bounds)

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_rectify._lightning import LRSchedulerCallable, OptimizerCallable
+from lightning_rectify.arguments import check_types
 from lightning_rectify.attacks.common import attacking
 from lightning_rectify.attacks.gradient import pgd
 from lightning_rectify.modules.l2l.attackers import build_attacker
@@ -151,6 +152,7 @@ class L2LDefense(MinimaxModule):
         attacker_lr_scheduler: LRSchedulerCallable | None = None,
         **kwargs: Any,
     ) -> None:
+        check_types(L2LDefense, locals())
         chosen = fill_in(
             preset,
             {
@@ -181,7 +183,7 @@ class L2LDefense(MinimaxModule):
         check_ball(epsilon, limits, step_size, random_start)
         if not 0 <= clean_weight < 1:
             raise ValueError(f"Expected argument `clean_weight` to be in [0, 1) but got {clean_weight!r}.")
-        if not trades_beta >= 0:
+        if not 0 <= trades_beta < float("inf"):
             raise ValueError(f"Expected argument `trades_beta` to be at least 0 but got {trades_beta!r}.")
         self.num_classes, self.in_channels = num_classes, in_channels
         self.epsilon, self.bounds = float(epsilon), (float(limits[0]), float(limits[1]))
@@ -207,6 +209,12 @@ class L2LDefense(MinimaxModule):
         if network is None:
             network = build_classifier(str(classifier), num_classes, in_channels, **(classifier_args or {}))
         self.classifier = PixelClassifier(network, mean, std)
+        for name, values in {"mean": mean, "std": std}.items():
+            if isinstance(values, (list, tuple)) and len(values) not in (1, in_channels):
+                raise ValueError(
+                    f"Expected argument `{name}` to be one number, or one for each of {in_channels} channels, but got "
+                    f"{values!r}."
+                )
         if self.learned:
             self.attacker = self._make_attacker(chosen["attacker"], chosen["warm_start"], attacker_args)
         # Labels outside the range fail in the loss; the metric's own check would read the device at every step.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.image_networks import build_network
 
 
@@ -31,14 +32,17 @@ class PixelClassifier(nn.Module):
         mean: Sequence[float] | float | None = None,
         std: Sequence[float] | float | None = None,
     ) -> None:
+        check_types(PixelClassifier, locals())
         super().__init__()
         self.network = network
         self._normalizes = mean is not None or std is not None
         constants = {"mean": 0.0 if mean is None else mean, "std": 1.0 if std is None else std}
         for name, value in constants.items():
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.get_default_dtype()).reshape(-1, 1, 1))
-        if not bool((self.std > 0).all()):
-            raise ValueError(f"Expected argument `std` to be above 0 but got {std!r}.")
+        if not self.mean.numel() or not bool(self.mean.isfinite().all()):
+            raise ValueError(f"Expected argument `mean` to be finite, one number or one a channel, but got {mean!r}.")
+        if not self.std.numel() or not bool(((self.std > 0) & self.std.isfinite()).all()):
+            raise ValueError(f"Expected argument `std` to be finite and above 0 but got {std!r}.")
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W) in pixel units."""
@@ -63,6 +67,8 @@ def build_classifier(name: str, num_classes: int, in_channels: int = 3, **kwargs
         >>> round(sum(p.numel() for p in network.parameters()) / 1e6, 2)
         2.75
     """
+    check_types(build_classifier, locals())
+    check_least(1, num_classes=num_classes, in_channels=in_channels)
     match = re.fullmatch(r"wrn_(\d{1,3})_(\d{1,2})", name)
     if match is None:
         return build_network(name, num_classes, in_channels, **kwargs)
@@ -96,6 +102,8 @@ class WideResNet(nn.Module):
     def __init__(
         self, depth: int, width: int, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0
     ) -> None:
+        check_types(WideResNet, locals())
+        check_least(1, num_classes=num_classes, in_channels=in_channels)
         super().__init__()
         if depth < 10 or depth % 6 != 4:
             raise ValueError(f"Expected argument `depth` to be 6 n + 4, at least 10, but got {depth!r}.")

@@ -96,7 +96,7 @@ def check_ball(epsilon: float, bounds: Sequence[float], step_size: float | None,
             f"Expected argument `epsilon` to be above 0 and at most {width:g}, the width of `bounds` (pixel units: "
             f"8/255 and not 8 for pixels in [0, 1]), but got {epsilon!r}."
         )
-    if step_size is not None and not step_size > 0:
+    if step_size is not None and not 0 < step_size < math.inf:
         raise ValueError(f"Expected argument `step_size` to be above 0 or None but got {step_size!r}.")
     if random_start is not None and not 0 <= random_start <= 1:
         raise ValueError(f"Expected argument `random_start` to be in [0, 1] or None but got {random_start!r}.")

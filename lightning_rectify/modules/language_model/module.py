@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.base import RectifiedModule
 from lightning_rectify.modules.language_model.networks import LSTMNetwork
 from lightning_rectify.modules.language_model.states import CarriedStates, of_all_ranks
@@ -67,6 +68,7 @@ class LanguageModel(RectifiedModule):
         div_value: float = 4.0,
         **kwargs: Any,
     ) -> None:
+        check_types(LanguageModel, locals())
         super().__init__(**kwargs)
         self.network = LSTMNetwork(vocab_size, embedding_size, hidden_size, layers, dropout, cutoffs, div_value)
         self.vocab_size = vocab_size

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_types
+
 _INIT = 0.1  # embeddings begin uniform in +- this
 
 
@@ -160,6 +162,7 @@ class LSTMNetwork(nn.Module):
         cutoffs: Sequence[int],
         div_value: float,
     ) -> None:
+        check_types(LSTMNetwork, locals())
         super().__init__()
         self.recurrent = StackedLSTM(vocab_size, embedding_size, hidden_size, layers, dropout)
         self.softmax = AdaptiveSoftmax(hidden_size, vocab_size, cutoffs, div_value)

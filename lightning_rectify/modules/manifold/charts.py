@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.manifold.manifolds import Manifold
 from lightning_rectify.modules.manifold.sampling import estimated_reach, farthest_points, local_tangents, nearest_gap
 
@@ -78,11 +79,20 @@ class TangentCharts(nn.Module):
         inner_radius: float,
         report: CoverReport | None = None,
     ) -> None:
+        check_types(TangentCharts, locals())
         super().__init__()
         if bases.ndim != 3 or bases.shape[:2] != centers.shape:
             raise ValueError(
                 f"Expected argument `bases` to be of shape ({', '.join(map(str, centers.shape))}, d) but got "
                 f"{tuple(bases.shape)}."
+            )
+        if not bool(centers.isfinite().all()):
+            raise ValueError("Expected argument `centers` to be finite but got NaN or infinity among them.")
+        grams = bases.mT @ bases - torch.eye(bases.shape[2]).to(bases)
+        if not bool((grams.abs() <= 1e-3).all()):  # far above what float32 leaves; columns that are not even near
+            raise ValueError(
+                f"Expected argument `bases` to have orthonormal columns but got Gram matrices up to "
+                f"{grams.abs().max().item():.3g} away from the identity."
             )
         if not 0.0 < radius < math.inf:
             raise ValueError(f"Expected argument `radius` to be a positive number but got {radius!r}.")

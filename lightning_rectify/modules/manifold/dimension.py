@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.manifold.dimension_local import Method, Neighborhoods
 from lightning_rectify.modules.manifold.geometry import MOST, checked_points
 
@@ -162,6 +163,9 @@ def intrinsic_dimension(
         >>> intrinsic_dimension(circle).rounded
         1
     """
+    check_types(intrinsic_dimension, locals())
+    check_least(0, seed=seed)
+    check_least(1, most=most)
     _check(method, queries, bootstrap, confidence)
     least = 3 if method == "local_pca" else 2
     if neighbors is not None and (isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < least):
@@ -222,6 +226,9 @@ def dimension_curve(
         >>> [round(value) for value in curve.values]
         [2, 2, 2]
     """
+    check_types(dimension_curve, locals())
+    check_least(0, seed=seed)
+    check_least(1, most=most)
     _check(method, queries, bootstrap, confidence)
     if estimator is not None:
         if not callable(getattr(estimator, "fit", None)):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.manifold.charts import TangentCharts
 from lightning_rectify.modules.manifold.manifolds import Manifold
 from lightning_rectify.modules.manifold.sampling import estimated_reach, nearest_gap, reach_of
@@ -84,6 +85,8 @@ def covering_radius(points: Tensor, centers: Tensor, *, most: int = MOST) -> flo
         >>> covering_radius(torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([[0.0], [4.0]]))
         1.0
     """
+    check_types(covering_radius, locals())
+    check_least(1, most=most)
     return distances_to(points, centers, most=most).max().item()
 
 
@@ -100,12 +103,19 @@ def fill_distance(points: Tensor, probes: Tensor | Manifold | None = None, *, mo
     Raises:
         ValueError: as :func:`distances_to`.
     """
+    check_types(fill_distance, locals())
+    check_least(1, most=most)
     points = checked_points(points)
     if probes is None:
         return nearest_gap(points)
     if isinstance(probes, Manifold):
         grid, slack = probes.points(max(nearest_gap(points) / 4.0, 1e-3 * probes.reach))
         return covering_radius(grid.to(points), points, most=most) + slack
+    probes = checked_points(probes, "probes")
+    if probes.shape[1] != points.shape[1]:
+        raise ValueError(
+            f"Expected argument `probes` to be of shape (P, {points.shape[1]}) but got {tuple(probes.shape)}."
+        )
     return covering_radius(probes, points, most=most)
 
 
@@ -136,6 +146,8 @@ def reach(
     Raises:
         ValueError: if an argument is out of its range, or neither or both of ``tangents`` and ``d`` are given.
     """
+    check_types(reach, locals())
+    check_least(0, closest=closest)
     points = checked_points(points)
     if (tangents is None) == (d is None):
         raise ValueError(f"Expected argument `tangents` or `d` to be given, not both, but got d={d!r}.")
@@ -144,6 +156,8 @@ def reach(
     if tangents is None:
         _at_least("d", d, 1)
         assert d is not None
+        if d > points.shape[1]:
+            raise ValueError(f"Expected argument `d` to be at most {points.shape[1]}, that of the space, but got {d}.")
         return estimated_reach(points, d, quantile)
     return reach_of(points, checked_tangents(tangents, points), closest, quantile)
 
@@ -168,6 +182,9 @@ def bottleneck(points: Tensor, tangents: Tensor, *, angle: float = 0.2, apart: f
     Raises:
         ValueError: if an argument is out of its range.
     """
+    check_types(bottleneck, locals())
+    check_least(0, apart=apart)
+    check_least(1, most=most)
     points = checked_points(points)
     tangents = checked_tangents(tangents, points)
     if not 0.0 < angle < 1.0:
@@ -199,6 +216,9 @@ def injectivity(points: Tensor, charts: TangentCharts, *, apart: float = 0.0, mo
     Raises:
         ValueError: if the points are of another space.
     """
+    check_types(injectivity, locals())
+    check_least(0, apart=apart)
+    check_least(1, most=most)
     points = checked_points(points).to(charts.centers)
     if points.shape[1] != charts.ambient_dim:
         raise ValueError(
@@ -238,13 +258,15 @@ def checked_tangents(tangents: Tensor, points: Tensor) -> Tensor:
     """The tangents, in the points' dtype.
 
     Raises:
-        ValueError: if they are not of shape (N, D, d) for points (N, D).
+        ValueError: if they are not of shape (N, D, d) for points (N, D), or not finite.
     """
     if tangents.ndim != 3 or tangents.shape[:2] != points.shape:
         raise ValueError(
             f"Expected argument `tangents` to be of shape ({', '.join(map(str, points.shape))}, d) but got "
             f"{tuple(tangents.shape)}."
         )
+    if not bool(tangents.isfinite().all()):
+        raise ValueError("Expected argument `tangents` to be finite but got NaN or infinity among them.")
     return tangents.detach().to(points)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.manifold.sampling import farthest_points, reach_of
 
 
@@ -86,6 +87,8 @@ class Sphere(Manifold):
     def __init__(
         self, dim: int = 2, ambient_dim: int | None = None, radius: float = 1.0, frame: Tensor | None = None
     ) -> None:
+        check_types(Sphere, locals())
+        _check_positive(radius=radius)
         self.dim, self.radius, self.reach = dim, radius, radius
         self.frame = _frame(dim + 1, ambient_dim, frame)
         self.ambient_dim = self.frame.shape[0]
@@ -155,8 +158,12 @@ class ParametricManifold(Manifold):
         reach: float | None = None,
         lift_radius: float | None = None,
     ) -> None:
+        check_types(ParametricManifold, locals())
+        _check_positive(reach=reach, lift_radius=lift_radius)
         if not ranges:
             raise ValueError("Expected argument `ranges` to hold at least one pair but got none.")
+        if not all(-math.inf < low < high < math.inf for low, high in ranges):
+            raise ValueError(f"Expected argument `ranges` to hold finite pairs, the lower first, but got {ranges!r}.")
         self.embedding, self.ranges, self.dim = embedding, ranges, len(ranges)
         self._known: tuple[Tensor, Tensor] = self._grid(60 if self.dim > 1 else 2000)
         self.ambient_dim = self._known[1].shape[1]
@@ -252,6 +259,8 @@ class Torus(ParametricManifold):
     def __init__(
         self, ambient_dim: int | None = None, major: float = 1.0, minor: float = 0.5, frame: Tensor | None = None
     ) -> None:
+        check_types(Torus, locals())
+        _check_positive(major=major)
         if not 0.0 < minor < major:
             raise ValueError(f"Expected argument `minor` to be in (0, major={major!r}) but got {minor!r}.")
         columns = _frame(3, ambient_dim, frame)
@@ -263,13 +272,19 @@ class Torus(ParametricManifold):
         super().__init__(embedding, [(0.0, 2 * math.pi)] * 2, reach=min(minor, major - minor))
 
 
+def _check_positive(**lengths: float | None) -> None:
+    for name, value in lengths.items():
+        if value is not None and not 0.0 < value < math.inf:
+            raise ValueError(f"Expected argument `{name}` to be a positive number but got {value!r}.")
+
+
 def _frame(columns: int, ambient_dim: int | None, frame: Tensor | None) -> Tensor:
     if columns < 2:
         raise ValueError(f"Expected argument `dim` to be at least 1 but got {columns - 1}.")
     if frame is not None:
         frame = frame.to(torch.float64)
         close = frame.ndim == 2 and frame.shape[1] == columns and ambient_dim in (None, frame.shape[0])
-        if not close or (frame.t() @ frame - torch.eye(columns, dtype=torch.float64)).abs().max() > 1e-8:
+        if not close or not (frame.t() @ frame - torch.eye(columns, dtype=torch.float64)).abs().max() <= 1e-8:
             raise ValueError(
                 f"Expected argument `frame` to have {columns} orthonormal columns of length {ambient_dim or 'D'} but "
                 f"got a tensor of shape {tuple(frame.shape)}."

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.manifold.charts import TangentCharts
 from lightning_rectify.modules.manifold.cover import INNER, farthest_order, lloyd, squared_distances, tangents
 from lightning_rectify.modules.manifold.geometry import checked_points
@@ -31,6 +32,7 @@ def noisy_charts(x: Tensor, d: int, charts: int, *, outside: float = 0.01) -> Ta
         >>> gate.coverage(torch.tensor([[0.0, 1.0], [0.0, 3.0]]), warn=False).tolist()
         [1.0, 0.0]
     """
+    check_types(noisy_charts, locals())
     x = checked_points(x, "x")
     for name, value, high in (("d", d, x.shape[1]), ("charts", charts, len(x))):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanSquaredError, R2Score
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.base import RectifiedModule
 from lightning_rectify.modules.manifold.experts import ExpertKind
 from lightning_rectify.modules.manifold.mixture import ChartMixture
@@ -113,6 +114,7 @@ class ManifoldRegressor(RectifiedModule):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_types(ManifoldRegressor, locals())
         super().__init__(**kwargs)
         check(locals())
         self.in_features, self.outputs, self.num_classes = in_features, num_classes or outputs, num_classes

@@ -19,7 +19,7 @@ def check(given: dict[str, Any]) -> None:
     lowest = {"in_features": 1, "outputs": 1, "cells": 1, "hidden": 1, "dispatch": 1, "seed": 0}
     for name, low in {**lowest, "num_classes": 2, "early_stopping": 0, "anchor": 0}.items():
         value = given[name]
-        if value is not None and value < low:
+        if value is not None and not low <= value < float("inf"):
             raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value!r}.")
     dim, degree, radius = given["dim"], given["degree"], given["radius"]
     if dim != "auto" and (isinstance(dim, str) or not 1 <= dim <= given["in_features"]):

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rectify.arguments import check_types
+from lightning_rectify.checkpoints import require_whole
 from lightning_rectify.modules.image_networks import build_network
 from lightning_rectify.modules.spectral_gan._extractor import FeatureExtractor, forked_seed
 from lightning_rectify.optim.rectified_adam import RectifiedAdam
@@ -63,11 +66,12 @@ class ClassifierFeatures(FeatureExtractor):
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
     ) -> None:
+        check_types(ClassifierFeatures, locals())
         super().__init__()
         for name, value, low in (("epochs", epochs, 1), ("batch_size", batch_size, 2), ("seed", seed, 0)):
             if value < low:
                 raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value}.")
-        if not lr > 0:
+        if not 0 < lr < float("inf"):
             raise ValueError(f"Expected argument `lr` to be positive but got {lr}.")
         if (mean is None) != (std is None) or (checkpoint is None and mean is not None):
             raise ValueError(
@@ -192,6 +196,9 @@ class ClassifierFeatures(FeatureExtractor):
 
 def _read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Hyperparameters, and the network's state, of an ``ImageClassifier``."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"Expected argument `checkpoint` to be a file but found none at {str(path)!r}.")
+    require_whole(str(path))
     saved = torch.load(path, map_location="cpu", weights_only=True)
     prefix = "network."
     state = {k.removeprefix(prefix): v for k, v in saved.get("state_dict", {}).items() if k.startswith(prefix)}

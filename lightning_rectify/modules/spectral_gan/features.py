@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.spectral_gan._classifier_features import ClassifierFeatures
 from lightning_rectify.modules.spectral_gan._extractor import FeatureExtractor, forked_seed
 
@@ -43,6 +44,7 @@ class RandomFeatures(FeatureExtractor):
     name = "random"
 
     def __init__(self, num_features: int = 64, in_channels: int = 1, seed: int = 0) -> None:
+        check_types(RandomFeatures, locals())
         super().__init__()
         lowest = {"num_features": (num_features, 1), "in_channels": (in_channels, 1), "seed": (seed, 0)}
         for name, (value, low) in lowest.items():
@@ -82,6 +84,7 @@ class EfficientNetLiteFeatures(FeatureExtractor):
     num_classes = 1000
 
     def __init__(self, size: int = 64) -> None:
+        check_types(EfficientNetLiteFeatures, locals())
         super().__init__()
         if size < 32 or size % 32:
             # The network's padding is fixed for sides that stay even down to the last stride.
@@ -124,6 +127,7 @@ class InceptionFeatures(FeatureExtractor):
     num_classes = 1008
 
     def __init__(self, weights: str | PathLike[str]) -> None:
+        check_types(InceptionFeatures, locals())
         super().__init__()
         module = "torch_fidelity.feature_extractor_inceptionv3"
         theirs = _optional(module, "InceptionFeatures", "torch-fidelity", extra=None)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from lightning_rectify._lightning import OptimizerCallable
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.minimax import MinimaxModule
 from lightning_rectify.modules.spectral_gan.features import FeatureExtractor
 from lightning_rectify.modules.spectral_gan.losses import get_loss, gradient_penalty, r1_penalty
@@ -102,6 +103,7 @@ class SpectralGAN(MinimaxModule):
         eval_seed: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_types(SpectralGAN, locals())
         if n_dis < 1:
             raise ValueError(f"Expected argument `n_dis` to be at least 1 but got {n_dis}.")
         if ema_decay is not None and not 0 <= ema_decay < 1:
@@ -113,7 +115,7 @@ class SpectralGAN(MinimaxModule):
             **kwargs,
         )
         for name, value in {"gradient_penalty": gradient_penalty, "r1": r1, "eval_seed": eval_seed}.items():
-            if value < 0:
+            if not 0 <= value < float("inf"):
                 raise ValueError(f"Expected argument `{name}` to be at least 0 but got {value}.")
         if latent_distribution not in (None, "uniform", "normal"):
             raise ValueError(

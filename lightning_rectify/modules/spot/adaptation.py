@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rectify._lightning import OptimizerCallable
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.spot.adaptation_joint import network_loss, pair_loss
 from lightning_rectify.modules.spot.adaptation_losses import (
     confident_loss,
@@ -145,6 +146,7 @@ class SPOTAdaptation(PartedModule):
         lr_scheduler_interval: str = "step",
         **kwargs: Any,
     ) -> None:
+        check_types(SPOTAdaptation, locals())
         chosen = resolve(
             method,
             {

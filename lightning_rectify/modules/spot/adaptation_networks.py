@@ -28,7 +28,9 @@ class DigitFeatures(nn.Module):
 
     def __init__(self, in_channels: int = 1, image_size: int = 28, width: int = 500, domains: int = 1) -> None:
         super().__init__()
-        _at_least({"in_channels": (in_channels, 1), "image_size": (image_size, SMALLEST), "width": (width, 1)})
+        _at_least(
+            {"in_channels": (in_channels, 1), "image_size": (image_size, SMALLEST), "classifier_width": (width, 1)}
+        )
         side = ((image_size - 4) // 2 - 4) // 2
         self.first = nn.ModuleList([nn.Conv2d(in_channels, 20, 5) for _ in range(domains)])
         self.shared = nn.Sequential(

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rectify.arguments import check_types
+
 CostFunction = Callable[[Tensor, Tensor], Tensor]
 Reduction = Literal["mean", "released"]
 
@@ -74,6 +76,7 @@ class FeatureCost(nn.Module):
     """
 
     def __init__(self, features: nn.Module, features_y: nn.Module | None = None) -> None:
+        check_types(FeatureCost, locals())
         super().__init__()
         self.features_x = deepcopy(features).requires_grad_(False).eval()
         self.features_y = self.features_x if features_y is None else deepcopy(features_y).requires_grad_(False).eval()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rectify._lightning import OptimizerCallable
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.spot.costs import CostFunction, check_reduction, get_cost, gradient_norms, reduce_cost
 from lightning_rectify.modules.spot.critics import build_critics, clip_weights, gradient_penalty
 from lightning_rectify.modules.spot.density import PlanDensity
@@ -130,6 +131,7 @@ class SPOT(PlanDensity):
         lr_scheduler_interval: str = "step",
         **kwargs: Any,
     ) -> None:
+        check_types(SPOT, locals())
         chosen: Any = resolve(
             preset,
             {
@@ -140,7 +142,8 @@ class SPOT(PlanDensity):
         )  # fmt: skip
         _check(
             {"critic_steps": (chosen.critic_steps, 1), "burst": (chosen.burst, 0), "eval_samples": (eval_samples, 2),
-             "eval_seed": (eval_seed, 0), "decay_steps": (decay_steps or 0, 0)},
+             "eval_seed": (eval_seed, 0), "decay_steps": (decay_steps or 0, 0),
+             "latent_size": (1 if chosen.latent_size is None else chosen.latent_size, 1)},
             {"penalty_weight": penalty_weight, "clip": clip},
         )  # fmt: skip
         if not 0 <= chosen.ema_decay < 1:

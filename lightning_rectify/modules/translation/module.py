@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rectify._lightning import rank_zero_warn
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.base import RectifiedModule
 from lightning_rectify.modules.translation.interface import TextInterface
 from lightning_rectify.modules.translation.loss import linear_cross_entropy
@@ -81,12 +82,15 @@ class Translator(TextInterface, RectifiedModule):
         val_translations: bool = True,
         **kwargs: Any,
     ) -> None:
+        check_types(Translator, locals())
         super().__init__(**kwargs)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1) but got {label_smoothing}.")
+        if not -float("inf") < length_penalty < float("inf"):
+            raise ValueError(f"Expected argument `length_penalty` to be a finite number but got {length_penalty}.")
         if beam_size < 1:
             raise ValueError(f"Expected argument `beam_size` to be at least 1 but got {beam_size}.")
-        if not max_length_ratio > 0:
+        if not 0 < max_length_ratio < float("inf"):
             raise ValueError(f"Expected argument `max_length_ratio` to be above 0 but got {max_length_ratio}.")
         try:
             self.network = Transformer(

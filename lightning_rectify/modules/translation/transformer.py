@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rectify.arguments import check_types
 from lightning_rectify.modules.translation.attention import DecoderState
 from lightning_rectify.modules.translation.layers import DecoderLayer, Embedding, EncoderLayer, LayerOptions, Norm
 from lightning_rectify.text import PAD
@@ -61,6 +62,7 @@ class Transformer(nn.Module):
         max_length: int = 1024,
         tied: bool = True,
     ) -> None:
+        check_types(Transformer, locals())
         super().__init__()
         _check_sizes(
             vocab_size=(vocab_size, 4),

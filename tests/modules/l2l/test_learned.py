@@ -96,7 +96,9 @@ def test_attack_is_the_plain_rewrite_and_so_is_its_gradient(game, steps, bptt):
 
 def test_bptt_changes_the_gradient_and_not_the_attack(game):
     classifier, attacker, images, labels = game
-    attacked = [learned_attack(attacker, classifier, images, labels, EPSILON, steps=2, bptt=b).images for b in (0, 1)]
+    attacked = [
+        learned_attack(attacker, classifier, images, labels, EPSILON, steps=2, bptt=b).images for b in (False, True)
+    ]
     assert torch.equal(*attacked)
     first, second = (torch.autograd.grad(x.sin().sum(), attacker.head.weight)[0] for x in attacked)
     assert (first - second).abs().max() > 1e-6

@@ -1,0 +1,185 @@
+"""The data modules: what each of their arguments takes, as their docstrings say."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_rectify.data import DomainPairs, ImageData, ManifoldData, TokenData, TranslationData, TransportData
+from tests.bad_input.subjects import Subject
+from tests.bad_input.values import INF, NAN, SEED, flag, free, listing, number, whole, words
+
+_COUNT, _PERHAPS = whole(1), whole(1, right=(None, 1))
+_WORKERS = whole(0)
+_FOLDER = free(None, "somewhere")
+_SHARE_OR_COUNT = listing(-1, -0.1, 1.0, 1.5, INF, -INF, right=(0, 0.1, 5))
+_NO_SAMPLES = (3, 1.5, True, [], {}, b"nonsense", nn.Flatten(), [[1.0, 2.0]])  # a list is none: its type is not known
+
+DATA = [
+    Subject(
+        ImageData,
+        values={
+            "dataset": words("digits", "cifar10", right=("digits",)),
+            "root": _FOLDER,
+            "batch_size": _COUNT,
+            "eval_batch_size": _PERHAPS,
+            "val_size": _SHARE_OR_COUNT,
+            "augment": flag(),
+            "download": flag(),
+            "num_workers": _WORKERS,
+            "pin_memory": flag(),
+            "seed": SEED,
+            "image_size": _PERHAPS,
+            "train_size": _PERHAPS,
+            "normalization": words("dataset", "symmetric", "unit"),
+        },
+    ),
+    Subject(
+        TokenData,
+        values={
+            "dataset": words("grammar", "one_billion_words", "files", right=("grammar",)),
+            "root": free(None),
+            "train": free(None),
+            "val": free(None),
+            "test": free(None),
+            "predict": free(None, "somewhere.txt"),
+            "min_count": _COUNT,
+            "vocab_size": whole(3, right=(None, 3)),
+            "batch_size": _COUNT,
+            "streams": _PERHAPS,
+            "bptt": _COUNT,
+            "eval_streams": _COUNT,
+            "eval_batch_size": _COUNT,
+            "train_size": _PERHAPS,
+            "val_size": whole(0, right=(None, 0)),
+            "test_size": _PERHAPS,
+            "shuffle": flag(),
+            "seed": SEED,
+        },
+    ),
+    Subject(
+        TranslationData,
+        values={
+            "dataset": words("numbers", "multi30k", "files", right=("numbers",)),
+            "source": words("de", "en", right=("de",)),
+            "target": words("de", "en", right=("en",)),
+            "root": free(None),
+            "train": free(None),
+            "val": free(None),
+            "test": free(None),
+            "predict": free(None, "-", "somewhere.txt"),
+            "vocab_size": whole(5),
+            "target_vocab_size": whole(5, right=(None, 5)),
+            "vocabulary_kind": words("bpe", "unigram", "char"),
+            "vocabulary_file": words("some.model"),
+            "batch_tokens": _PERHAPS,
+            "batch_size": _PERHAPS,
+            "eval_batch_size": _COUNT,
+            "max_length": _COUNT,
+            "max_ratio": number(1, right=(None, 1, 1.5)),
+            "train_size": _PERHAPS,
+            "val_size": whole(0, right=(None, 0)),
+            "test_size": _PERHAPS,
+            "num_workers": _WORKERS,
+            "pin_memory": flag(),
+            "seed": SEED,
+            "download": flag(),
+        },
+    ),
+    Subject(
+        TransportData,
+        beside={
+            "dim": {"problem": "gaussians"},
+            "x": {"y": torch.ones(9, 2)},
+            "y": {"x": torch.ones(9, 2)},
+        },
+        values={
+            "problem": words("bures2", "gaussians", "shift", "mixture1"),
+            "dim": whole(1, right=(None, 3)),
+            "cost": words("squared", "euclidean", right=(None, "squared")),
+            "x": listing(*_NO_SAMPLES, right=(torch.ones(9, 2), np.ones((9, 2)), "some.npy", Path("some.npy"))),
+            "y": listing(*_NO_SAMPLES, right=(torch.ones(9, 2), np.ones((9, 2)), "some.npy", Path("some.npy"))),
+            "batch_size": _COUNT,
+            "epoch_size": _COUNT,
+            "train_size": _PERHAPS,
+            "val_size": listing(-1, 0, 1, 0.5, -0.5, INF, -INF, right=(None, 2)),
+            "eval_batch_size": _COUNT,
+            "num_workers": _WORKERS,
+            "seed": SEED,
+        },
+    ),
+    Subject(
+        DomainPairs,
+        values={
+            "source": listing(
+                "nonsense",
+                "",
+                "mnist",
+                None,
+                3,
+                NAN,
+                True,
+                {},
+                [],
+                (torch.ones(2),),
+                torch.ones(2),
+                right=("digits", (torch.ones(9, 1, 8, 8), torch.zeros(9, dtype=torch.int64))),
+            ),
+            "target": listing(
+                "nonsense",
+                "",
+                "mnist",
+                None,
+                3,
+                NAN,
+                True,
+                {},
+                [],
+                (1, 2, 3),
+                right=("digits_turned", torch.ones(9, 1, 8, 8)),
+            ),
+            "root": _FOLDER,
+            "source_root": _FOLDER,
+            "target_root": _FOLDER,
+            "photos": free(None, "somewhere"),
+            "image_size": whole(1, right=(16,)),
+            "source_margin": whole(0) | listing(8, 9, 100),
+            "target_margin": whole(0) | listing(8, 9, 100),
+            "batch_size": _COUNT,
+            "eval_batch_size": _COUNT,
+            "val_size": _SHARE_OR_COUNT,
+            "train_size": _PERHAPS,
+            "watch_test": flag(),
+            "num_workers": _WORKERS,
+            "seed": SEED,
+        },
+        named={"source": ("source_root",), "target": ("target_root",)},
+    ),
+    Subject(
+        ManifoldData,
+        base={"dataset": "circle"},
+        beside={
+            "x": {"dataset": None},
+            "y": {"dataset": None, "x": torch.ones(9, 2)},
+            "num_classes": {"dataset": None, "x": torch.ones(9, 2)},
+        },
+        values={
+            "dataset": words("circle", "digits", "swiss_roll", right=("circle", "digits", None)),
+            "ambient_dim": whole(2, right=(None, 2, 5)),
+            "embedding": words("orthogonal", "sine"),
+            "noise": number(0, right=(0, 0.5)),
+            "label_noise": number(0, right=(0, 0.5)),
+            "x": listing(*_NO_SAMPLES, right=(torch.ones(9, 2), np.ones((9, 2)), "some.csv", Path("some.csv"))),
+            "y": listing(*_NO_SAMPLES, right=(torch.ones(9), np.ones(9), "some.csv", Path("some.csv"))),
+            "num_classes": whole(2, right=(None, 2)),
+            "batch_size": _COUNT,
+            "train_size": _PERHAPS,
+            "val_size": listing(-1, 0, 1, 0.5, 1.5, INF, -INF, right=(None, 2)),
+            "test_size": listing(-1, 0, 1, 0.5, 1.5, INF, -INF, right=(None, 2)),
+            "eval_batch_size": _COUNT,
+            "num_workers": _WORKERS,
+            "seed": SEED,
+        },
+    ),
+]
