@@ -267,23 +267,24 @@ def print_profile(profile: cProfile.Profile, lines: int = 45) -> None:
 
 def main() -> None:
     arguments = parser(__doc__, NAME)
-    arguments.add_argument("--tasks", nargs="+", choices=list(TASKS), help="default: all (quick: classifier and spot)")
-    arguments.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    arguments.add_argument("--tasks", nargs="+", choices=list(TASKS), help="default: all")
+    arguments.add_argument("--kinds", nargs="+", choices=KINDS, help="default: both")
     arguments.add_argument("--rounds", type=int, help="pairs of blocks (default 40; quick: 2)")
     arguments.add_argument("--threads", type=int, default=1, help="torch's intra-op threads (default 1)")
     arguments.add_argument("--profile", action="store_true", help="print a profile of the Trainer's side; no result")
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
-    tasks = args.tasks or (["classifier", "spot"] if args.quick else list(TASKS))
+    pairs = [(task, kind) for task in args.tasks or TASKS for kind in args.kinds or KINDS]
+    if args.quick and not (args.tasks or args.kinds):  # one player and a game, and each Trainer
+        pairs = [("classifier", KINDS[0]), ("spot", KINDS[1])]
     rounds = args.rounds or (2 if args.quick else 40)
     rows = []
-    for task in tasks:
-        for kind in args.kinds:
-            profile = cProfile.Profile() if args.profile else None
-            rows.append(measure(task, kind, 2 if args.quick else TASKS[task].block, rounds, profile))
-            print(describe(rows[-1]), flush=True)
-            if profile is not None:
-                print_profile(profile)
+    for task, kind in pairs:
+        profile = cProfile.Profile() if args.profile else None
+        rows.append(measure(task, kind, 2 if args.quick else TASKS[task].block, rounds, profile))
+        print(describe(rows[-1]), flush=True)
+        if profile is not None:
+            print_profile(profile)
     if args.profile:
         return
     settings = {"rounds": rounds, "limit": LIMIT, "batches": HELD}

@@ -17,6 +17,7 @@ from typing import Any
 
 from report_l2l import TABLES as L2L_TABLES
 from report_manifold import TABLES as MANIFOLD_TABLES
+from report_spot import TABLES as SPOT_TABLES
 from timing import RESULTS, ROOT
 
 Result = dict[str, Any]
@@ -264,6 +265,25 @@ def probe_cost(result: Result) -> str:
     )
 
 
+def lightning_cost(result: Result) -> str:
+    by_task: dict[str, dict[str, Result]] = {}
+    for row in result["rows"]:
+        by_task.setdefault(row["task"], {})[row["kind"]] = row
+
+    def cells(rows: dict[str, Result]) -> list[str]:
+        first = next(iter(rows.values()))
+        found = [str(first["players"]), f"{first['bare_cpu_ms']:.1f} ms"]
+        for kind in kinds:
+            row = rows.get(kind)
+            found.append("" if row is None else "{:.3f} ({:.3f} to {:.3f})".format(
+                row["cpu_ratio"], *row["cpu_ratio_quartiles"]))  # fmt: skip
+        return found
+
+    kinds = list(dict.fromkeys(row["kind"] for row in result["rows"]))
+    header = ["configuration", "players", "step, plain torch", *(f"{kind}, × plain" for kind in kinds)]
+    return table(header, ([task, *cells(rows)] for task, rows in by_task.items()))
+
+
 def translation_bleu(result: Result) -> str:
     def cell(values: Sequence[float], digits: int = 1) -> str:
         return "{0:.{3}f} ({1:.{3}f} to {2:.{3}f})".format(*values, digits)
@@ -384,6 +404,7 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "lr_by_warmup": lr_sensitivity,
     "language_model": language_model,
     "probe_cost": probe_cost,
+    "lightning_cost": lightning_cost,
     "faults": faults,
     "translation_warmup": translation_warmup,
     "translation_warmup.paper": translation_warmup_paper,
@@ -399,7 +420,7 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "spectral_gan.cifar10_fd": spectral_gan("cifar10", "fd", 1),
     **{
         name: (lambda result, make=make: table(*make(result)))
-        for name, make in {**L2L_TABLES, **MANIFOLD_TABLES}.items()
+        for name, make in {**L2L_TABLES, **MANIFOLD_TABLES, **SPOT_TABLES}.items()
     },
 }
 

@@ -57,9 +57,9 @@ CONSTRUCTIONS: dict[str, dict[str, tuple[dict[str, Any], tuple[int, ...]]]] = {
     "sphere": {
         "paper, r = 0.8": ({"mode": "paper", "radius": 0.8}, (4, 8)),
         "lean": ({"mode": "lean"}, (4, 8, 16)),
-        "p1": ({"mode": "p1"}, (12, 24, 48)),
-        "telescope": ({"mode": "telescope"}, (3, 4, 6, 8)),
-        "telescope, wide": ({"mode": "telescope", **WIDE}, (6, 8, 12, 16)),
+        "p1": ({"mode": "p1"}, (12, 24, 48, 96)),
+        "telescope": ({"mode": "telescope"}, (3, 4, 6, 8, 12, 16)),
+        "telescope, wide": ({"mode": "telescope", **WIDE}, (6, 8, 12, 16, 24, 32)),
         "telescope_p1": ({"mode": "telescope_p1"}, (6, 12, 24, 48)),
         "telescope_p1, wide": ({"mode": "telescope_p1", **WIDE}, (8, 16, 32, 64)),
     },

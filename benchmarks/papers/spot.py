@@ -281,7 +281,7 @@ def main() -> None:
     rows = [row for _, row in done]
     print(f"{len(todo)} of {len(rows) + len(todo)} runs to do, {jobs} at a time", flush=True)
     settings = {"seeds": seeds, "rows": args.rows, "pairs": 20_000}
-    if not todo:
+    if rows:
         write_result(path, NAME, settings, rows, table=summarize(rows))
     # A fresh process a run, so that its peak memory is its own.
     for _, row, left in run_all(partial(run, work=work), todo, jobs, runs_a_process=1):
