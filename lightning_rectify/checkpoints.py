@@ -157,7 +157,7 @@ def load_plain(path: str | Path) -> Any:
 
 @contextmanager
 def _refusing_code(path: str | Path) -> Iterator[None]:
-    """What torch's safe loader refuses, said in words; its own advise to load the file without it."""
+    """What torch's safe loader refuses, said in words; torch's own advise to load the file without it."""
     try:
         yield
     except UnpicklingError as error:

@@ -188,13 +188,8 @@ def main() -> None:
     directions, changes = args.directions, args.changes
     if args.quick:
         study = replace(study, rounds=8, source_rounds=2, embedded=True)
-        work, jobs, seeds, directions, changes = (
-            path.parent / f"{NAME}_runs",
-            0,
-            [0],
-            ["mnist to usps"],
-            ["as they are"],
-        )
+        work, jobs, seeds = path.parent / f"{NAME}_runs", 0, [0]
+        directions, changes = ["mnist to usps"], ["as they are"]
     work.mkdir(parents=True, exist_ok=True)
     folder = "" if study.embedded else str(Path(data_folder(args.data, ("mnist",))).parent)
     every = [Run(direction, change, seed) for seed in seeds for change in changes for direction in directions]

@@ -192,9 +192,10 @@ class RectifiedModule(LightningModule):
         theirs = None
         if isinstance(checkpoint_path, (str, os.PathLike)):
             path = os.fspath(checkpoint_path)
-            require_whole(path)
             if kwargs.get("weights_only") is not False and os.path.isfile(path):
                 theirs = read_safely(path).get(CLASS_PATH)
+            else:
+                require_whole(path)
         own = f"{cls.__module__}.{cls.__qualname__}"
         try:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

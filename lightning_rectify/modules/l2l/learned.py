@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.attacks.ball import Ball
 from lightning_rectify.attacks.common import attacking, check_labels_of, input_gradient
-from lightning_rectify.modules.l2l.settings import check_at_least, check_ball, check_choices
+from lightning_rectify.modules.l2l.settings import check_ball, check_choices
 
 GradientScale = Literal["sample_std", "batch_max"]
 
@@ -111,7 +111,7 @@ def learned_attack(
         ValueError: for an argument outside its range; if the attacker's output has not the shape of the images.
     """
     check_types(learned_attack, locals())
-    check_at_least(1, steps=steps)
+    check_least(1, steps=steps)
     check_choices(scale=(scale, get_args(GradientScale)), attack_bn=(attack_bn, ("eval", "train")))
     check_ball(epsilon, bounds, None, random_start)
     if images.ndim != 4 or not images.is_floating_point():

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_rectify._lightning import LRSchedulerCallable, OptimizerCallable
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.attacks.common import attacking
 from lightning_rectify.attacks.gradient import pgd
 from lightning_rectify.modules.l2l.attackers import build_attacker
@@ -21,7 +21,6 @@ from lightning_rectify.modules.l2l.losses import robust_cross_entropy, trades_lo
 from lightning_rectify.modules.l2l.networks import PixelClassifier, build_classifier
 from lightning_rectify.modules.l2l.settings import (
     ATTACKS,
-    check_at_least,
     check_ball,
     check_choices,
     check_datamodule,
@@ -176,9 +175,9 @@ class L2LDefense(MinimaxModule):
         if not self.learned:
             self.players = ("classifier",)  # type: ignore[misc]
         super().__init__(joint=self.learned and chosen["order"] == "joint", **kwargs)
-        check_at_least(2, num_classes=num_classes)
-        check_at_least(1, in_channels=in_channels, image_size=image_size, steps=steps, train_steps=train_steps)
-        check_at_least(0, val_attack_steps=val_attack_steps, test_attack_steps=test_attack_steps, eval_seed=eval_seed)
+        check_least(2, num_classes=num_classes)
+        check_least(1, in_channels=in_channels, image_size=image_size, steps=steps, train_steps=train_steps)
+        check_least(0, val_attack_steps=val_attack_steps, test_attack_steps=test_attack_steps, eval_seed=eval_seed)
         limits = [0.0, 1.0] if bounds is None else bounds
         check_ball(epsilon, limits, step_size, random_start)
         if not 0 <= clean_weight < 1:

@@ -67,18 +67,6 @@ def check_choices(**choices: tuple[Any, Sequence[str]]) -> None:
             raise ValueError(f"Expected argument `{name}` to be {known} but got {value!r}.")
 
 
-def check_at_least(low: int, **numbers: Any) -> None:
-    """Refuse what is not an integer of at least ``low``.
-
-    Args:
-        low: the least value allowed.
-        numbers: by name of the argument.
-    """
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"Expected argument `{name}` to be an integer of at least {low} but got {value!r}.")
-
-
 def check_ball(epsilon: float, bounds: Sequence[float], step_size: float | None, random_start: float | None) -> None:
     """Refuse a ball that is not inside what pixels can be, or steps and starts that make no sense in it.
 
