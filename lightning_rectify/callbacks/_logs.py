@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from lightning_rectify._lightning import Logger, MisconfigurationException, TensorBoardLogger, Trainer
+import torch
+from torch import Tensor
+
+from lightning_rectify._lightning import LightningModule, Logger, MisconfigurationException, TensorBoardLogger, Trainer
 
 _LAYOUTS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()  # what each writer's page shows so far
 
@@ -55,6 +58,22 @@ def add_layout(writer: Any, layout: Mapping[str, Any]) -> None:
     merged = _LAYOUTS.setdefault(writer, {})
     merged |= layout
     writer.add_custom_scalars(merged)
+
+
+def as_tensors(values: Mapping[str, float], device: torch.device) -> dict[str, Tensor]:
+    """Numbers as scalars on a device, brought there by one copy."""
+    scalars = torch.tensor(list(values.values()), dtype=torch.float32, device=device).unbind()
+    return dict(zip(values, scalars, strict=True))
+
+
+def hand_over(module: LightningModule, values: Mapping[str, float]) -> None:
+    """Numbers of a step to ``trainer.callback_metrics``, not to the loggers; of a training hook that may log.
+
+    Tensors with a batch size take the short way of ``RectifiedModule.log``: Lightning's own copies a key's options at
+    each call, which took a small network as long as its forward pass.
+    """
+    latest = as_tensors(values, module.device)
+    module.log_dict(latest, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
 
 def log_folder(logger: Logger, default: str) -> Path:

@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric, MeanSquaredError
 
 from lightning_rectify import RectifiedModule
 from lightning_rectify._lightning import Callback, MisconfigurationException
+from lightning_rectify.callbacks import AdaptiveRateMonitor
 from lightning_rectify.modules import base
 from tests.helpers.training import CSVLogger, trainer
 
@@ -93,3 +94,21 @@ def test_a_key_with_other_options_is_refused_as_lightning_does():
     loader = DataLoader(TensorDataset(x, x[:, :1]), batch_size=2)
     with pytest.raises(MisconfigurationException, match="twice in `training_step` with different arguments"):
         trainer(max_epochs=1, limit_val_batches=0).fit(Changing(), loader)
+
+
+@pytest.mark.filterwarnings("ignore:AdaptiveRateMonitor")  # early steps of RAdam follow the gradient's size
+def test_what_the_monitors_hand_over_takes_the_short_way(tmp_path, monkeypatch):
+    """The monitor's fifteen keys a step cost a small network as much as its forward pass by Lightning's own way."""
+    asked, short = [], base.log_next
+    monkeypatch.setattr(base, "log_next", lambda *args: asked.append((args[1], short(*args))) or asked[-1][1])
+    x = torch.randn(80, 2, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(x, x[:, :1]), batch_size=8)
+    monitor = AdaptiveRateMonitor(figure=False)
+    options = {"max_epochs": 1, "limit_val_batches": 0, "log_every_n_steps": 1, "callbacks": [monitor]}
+    trainer(**options, logger=CSVLogger(tmp_path)).fit(Logging(), loader)
+    answers = [answer for key, answer in asked if key.startswith("adaptive_rate/")]
+    keys = {key for key, _ in asked if key.startswith("adaptive_rate/")}
+    # Lightning's way: each key's first value, which is not asked about, and one a step, which names the hook.
+    assert len(keys) > 5
+    assert answers.count(False) == 9
+    assert answers.count(True) > 5 * len(keys)

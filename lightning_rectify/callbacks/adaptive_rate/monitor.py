@@ -16,7 +16,7 @@ from lightning_rectify._lightning import (
     rank_zero_warn,
 )
 from lightning_rectify.arguments import check_least, check_types
-from lightning_rectify.callbacks._logs import add_layout, is_dry, require_logger, run_folder, writers
+from lightning_rectify.callbacks._logs import add_layout, hand_over, is_dry, require_logger, run_folder, writers
 from lightning_rectify.callbacks._sharded import reshard
 from lightning_rectify.callbacks.adaptive_rate.alarms import AdaptiveRateWarning, GroupAlarms
 from lightning_rectify.callbacks.adaptive_rate.dashboard import (
@@ -153,7 +153,7 @@ class AdaptiveRateMonitor(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Hand the latest values to ``callback_metrics``."""
         if self._latest:
-            pl_module.log_dict(self._latest, logger=False, on_step=True, on_epoch=False)
+            hand_over(pl_module, self._latest)
             self._latest = {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -252,7 +252,7 @@ class AdaptiveRateMonitor(Callback):
         for step, metrics in sorted(by_step.items()):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
-            self._latest = self._latest | metrics
+            self._latest.update(metrics)
 
     def _raise_alarms(self, trainer: Trainer, key: str, findings: Iterator[tuple[str, str]], step: int) -> None:
         for alarm, message in findings:

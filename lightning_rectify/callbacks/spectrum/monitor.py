@@ -2,11 +2,17 @@
 
 from typing import Any
 
-import torch
-
 from lightning_rectify._lightning import Callback, LightningModule, Trainer, rank_zero_info
 from lightning_rectify.arguments import check_types
-from lightning_rectify.callbacks._logs import add_layout, is_dry, require_logger, run_folder, writers
+from lightning_rectify.callbacks._logs import (
+    add_layout,
+    as_tensors,
+    hand_over,
+    is_dry,
+    require_logger,
+    run_folder,
+    writers,
+)
 from lightning_rectify.callbacks._sharded import refuse_sharded
 from lightning_rectify.callbacks.spectrum.dashboard import PREFIX, Records, SpectrumStore, draw, layout
 from lightning_rectify.callbacks.spectrum.readings import read_layers, watched_layers
@@ -123,16 +129,15 @@ class SpectrumMonitor(Callback):
         if trainer.global_step // self.every_n_steps > self._last_step // self.every_n_steps:
             self._record(trainer, pl_module)
         if self._latest:
-            pl_module.log_dict(self._latest, logger=False, on_step=True, on_epoch=False)
+            hand_over(pl_module, self._latest)
             self._latest = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the last step and draw the figure."""
         if trainer.global_step > self._last_step:
             self._record(trainer, pl_module)
-        trainer.callback_metrics.update(  # log_dict may not be called any more
-            {key: torch.tensor(value, device=pl_module.device) for key, value in self._latest.items()}
-        )
+        # log_dict may not be called any more
+        trainer.callback_metrics.update(as_tensors(self._latest, pl_module.device))
         self._finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
