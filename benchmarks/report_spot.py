@@ -76,6 +76,19 @@ def scaling(result: Result) -> Table:
     return [f"to a cost within {result['settings']['bar']:.0%}: CPU time, memory", *sides], rows
 
 
+def scaling_crossovers(result: Result) -> Table:
+    """From how many samples on ours is the cheaper way, by problem and rival."""
+    sides = list(dict.fromkeys(line["rival"] for line in result["crossovers"]))
+    by_problem: dict[str, dict[str, int | None]] = {}
+    for line in result["crossovers"]:
+        by_problem.setdefault(line["problem"], {})[line["rival"]] = line["from_size"]
+    rows = [
+        [problem, *("at none" if found[side] is None else f"{found[side]:,}" for side in sides)]
+        for problem, found in by_problem.items()
+    ]
+    return ["ours is within the bar and cheaper from n =", *(f"than {side}" for side in sides)], rows
+
+
 def limits(result: Result) -> Table:
     """What was changed, and what came of it."""
     rows = [
@@ -104,5 +117,6 @@ TABLES: dict[str, Callable[[Result], Table]] = {
     "spot.dimensions": plans(("dimensions", "exact")),
     "spot.density": densities,
     "spot_scaling": scaling,
+    "spot_scaling.crossovers": scaling_crossovers,
     "spot_adaptation_limits": limits,
 }

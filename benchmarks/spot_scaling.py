@@ -4,8 +4,9 @@ n samples a side of two Gaussians whose squared cost is known go to ``SPOT.fit_s
 Sinkhorn, geomloss and minibatch OT, each at several settings. A cell is one solver with one setting on one sample, in a
 process of its own with a limit of time and memory; what counts are the error to the *population's* cost, CPU seconds
 (of one thread: what else runs on the machine does not count) and peak memory. For each n the cheapest setting of each
-solver that is within 3 % for every seed is taken, and the crossover is the first n from which on ours is the fastest of
-them. A setting that did not come to its end within the limits at some n is not tried at a larger one.
+solver that is within 3 % for every seed is taken; the crossover with a rival is the first n from which on ours is
+within 3 % and the rival is not, or takes longer. A setting that did not come to its end within the limits at some n is
+not tried at a larger one.
 
     python benchmarks/spot_scaling.py --peer PYTHON_WITH_POT_AND_GEOMLOSS [--sizes 1000 10000 100000 1000000]
 
@@ -131,30 +132,24 @@ def summarize(rows: Sequence[dict[str, Any]], bar: float = BAR) -> list[dict[str
 
 
 def crossovers(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each problem the first size from which on ours is within the bar, and no other is so in less time."""
+    """For each problem and rival the first size from which on ours is the cheaper way to be within the bar, or None."""
     found = []
     for problem in dict.fromkeys(line["problem"] for line in table):
-        sizes = sorted({line["size"] for line in table if line["problem"] == problem})
-        first: int | None = None
-        fastest: dict[int, str | None] = {}
-        for size in sizes:
-            reached = {
-                line["side"]: line["cpu_seconds"]
-                for line in table
-                if line["problem"] == problem and line["size"] == size and line["reached"]
-            }
-            fastest[size] = min(reached, key=lambda side: reached[side]) if reached else None
-            if fastest[size] != "ours":
-                first = None
-            elif first is None:
+        lines = {(line["size"], line["side"]): line for line in table if line["problem"] == problem}
+        sizes = sorted({size for size, _ in lines})
+        for rival in dict.fromkeys(side for _, side in lines if side != "ours"):
+            first = None
+            for size in reversed(sizes):
+                if not _wins(lines[size, "ours"], lines[size, rival]):
+                    break
                 first = size
-        words = (
-            f"{problem}: from {first:,} samples on ours is the fastest within {BAR:.0%}" if first is not None
-            else f"{problem}: ours is not the fastest within {BAR:.0%} at the largest size"
-        )  # fmt: skip
-        print(words, {f"{size:,}": side for size, side in fastest.items()}, flush=True)
-        found.append({"problem": problem, "from_size": first, "fastest": {str(s): side for s, side in fastest.items()}})
+            found.append({"problem": problem, "rival": rival, "from_size": first})
+            print(f"{problem}: cheaper than {rival} from {'no size' if first is None else f'{first:,}'}", flush=True)
     return found
+
+
+def _wins(ours: dict[str, Any], rival: dict[str, Any]) -> bool:
+    return ours["reached"] and not (rival["reached"] and rival["cpu_seconds"] <= ours["cpu_seconds"])
 
 
 def parse() -> argparse.Namespace:

@@ -135,6 +135,23 @@ def test_transport_studies_run_go_on_and_are_rendered(script: str, results: Path
     assert all(math.isfinite(row.get("cost", row.get("accuracy"))) for row in rows)
 
 
+def test_a_crossover_is_where_ours_stays_the_cheaper_one(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import spot_scaling as study
+
+    def line(size: int, side: str, seconds: float | None) -> dict[str, object]:
+        return {"problem": "p", "size": size, "side": side, "reached": seconds is not None, "cpu_seconds": seconds}
+
+    table = [line(size, "ours", seconds) for size, seconds in ((10, 5.0), (100, 5.0), (1000, 5.0))]
+    table += [line(size, "slower", seconds) for size, seconds in ((10, 9.0), (100, 1.0), (1000, 6.0))]
+    table += [line(size, "lost", seconds) for size, seconds in ((10, 1.0), (100, None), (1000, None))]
+    table += [line(size, "faster", seconds) for size, seconds in ((10, 9.0), (100, 9.0), (1000, 5.0))]
+    found = {row["rival"]: row["from_size"] for row in study.crossovers(table)}
+    assert found == {"slower": 1000, "lost": 100, "faster": None}
+    far = [{**row, "reached": row["side"] != "ours" and row["reached"]} for row in table]  # ours is within it nowhere
+    assert all(row["from_size"] is None for row in study.crossovers(far))
+
+
 #: Bars of the manifold study: mode, then the least and largest slope over the cells and over the local weights.
 SLOPES = {
     ("circle", "p1"): (-2.3, -1.7, -2.3, -1.7), ("circle", "telescope_p1"): (-2.3, -1.7, -2.3, -1.7),
