@@ -43,7 +43,7 @@ def check_types(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
             raise ValueError(f"Expected argument `{name}` to be {_said(hint)} but got {came(values[name])}.")
 
 
-def check_least(least: float, **numbers: float | None) -> None:
+def check_least(least: float, /, **numbers: float | None) -> None:
     """Refuse numbers below ``least``, and infinite ones; None passes.
 
     Args:
@@ -56,6 +56,21 @@ def check_least(least: float, **numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not least <= value < math.inf:
             raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value!r}.")
+
+
+def check_above(bound: float, /, **numbers: float | None) -> None:
+    """Refuse numbers that are not above ``bound``, and infinite ones; None passes.
+
+    Args:
+        bound: what they have to exceed.
+        numbers: by name of the argument.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    for name, value in numbers.items():
+        if value is not None and not bound < value < math.inf:
+            raise ValueError(f"Expected argument `{name}` to be a finite number above {bound} but got {value!r}.")
 
 
 def came(value: Any) -> str:

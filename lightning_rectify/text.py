@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 """Ids of padding, of what a vocabulary does not know, and of a sentence's beginning and end; in each vocabulary."""
@@ -97,8 +97,7 @@ class Vocabulary:
 
         if kind not in _KINDS:
             raise ValueError(f"Expected argument `kind` to be one of {', '.join(_KINDS)} but got {kind!r}.")
-        if size < 5:
-            raise ValueError(f"Expected argument `size` to be at least 5 but got {size!r}.")
+        check_least(5, size=size)
         if not 0.98 <= character_coverage <= 1:
             raise ValueError(
                 f"Expected argument `character_coverage` to be in [0.98, 1] but got {character_coverage!r}."

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 
 UNKNOWN, END = 0, 1
 """Ids of words that a vocabulary does not know, and of a sentence's end; in each vocabulary."""
@@ -90,10 +90,8 @@ class WordVocabulary:
             ValueError: for an argument outside its range, and if no word is left.
         """
         check_types(WordVocabulary.build, locals())
-        if min_count < 1:
-            raise ValueError(f"Expected argument `min_count` to be at least 1 but got {min_count!r}.")
-        if size is not None and size < 3:
-            raise ValueError(f"Expected argument `size` to be at least 3 but got {size!r}.")
+        check_least(1, min_count=min_count)
+        check_least(3, size=size)
         counts: Counter[str] = Counter()
         for sentence in sentences:
             counts.update(sentence.split())

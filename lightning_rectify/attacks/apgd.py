@@ -7,13 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.attacks.ball import Ball, Norm
 from lightning_rectify.attacks.common import (
     Model,
     Worst,
     attacking,
-    check_count,
     input_gradient,
     logits_of,
     modules_of,
@@ -84,12 +83,9 @@ def apgd(
         ValueError: for an argument out of its range, naming it.
     """
     check_types(apgd, locals())
-    check_count("steps", steps)
-    check_count("restarts", restarts)
-    if targets is not None:
-        check_count("targets", targets)
-        if callable(loss) or loss != "dlr_targeted":
-            raise ValueError(f"Expected argument `targets` to be None with loss {loss!r} but got {targets}.")
+    check_least(1, steps=steps, restarts=restarts, targets=targets)
+    if targets is not None and (callable(loss) or loss != "dlr_targeted"):
+        raise ValueError(f"Expected argument `targets` to be None with loss {loss!r} but got {targets}.")
     with attacking(*modules_of(model)):
         ball, labels = prepare(images, labels, epsilon, norm, bounds)
         worst, everything = Worst(ball.images, labels), torch.arange(len(labels), device=labels.device)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.attacks.ball import Ball, Norm
 from lightning_rectify.attacks.losses import Loss, loss_function
 from lightning_rectify.nn.modes import evaluating
@@ -155,12 +155,6 @@ def check_labels_of(images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"Expected argument `labels` to be of shape ({len(images)},) and int64 but got {came}.")
 
 
-def check_count(name: str, value: int) -> None:
-    """Refuse a number of steps, restarts or queries that is not an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Expected argument `{name}` to be an integer of at least 1 but got {value!r}.")
-
-
 class Worst:
     """The worst image of each sample so far: a misclassified one before any other, then the one of the larger loss.
 
@@ -238,8 +232,7 @@ def _check_set(epsilon: float, norm: Norm, bounds: tuple[float, float]) -> None:
         raise ValueError(f"Expected argument `norm` to be 'linf' or 'l2' but got {norm!r}.")
     if len(bounds) != 2 or not -math.inf < bounds[0] < bounds[1] < math.inf:
         raise ValueError(f"Expected argument `bounds` to be two finite numbers, the lower first, but got {bounds!r}.")
-    if not 0.0 <= epsilon < math.inf:
-        raise ValueError(f"Expected argument `epsilon` to be a finite number of at least 0 but got {epsilon!r}.")
+    check_least(0, epsilon=epsilon)
     if norm == "linf" and epsilon > bounds[1] - bounds[0]:
         raise ValueError(
             f"Expected argument `epsilon` to be at most {bounds[1] - bounds[0]:g}, the width of `bounds`, but got "

@@ -5,13 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.attacks.ball import Ball, Norm
 from lightning_rectify.attacks.common import (
     Model,
     Worst,
     attacking,
-    check_count,
     input_gradient,
     logits_of,
     modules_of,
@@ -123,8 +122,7 @@ def pgd(
         [0.75, 0.25]
     """
     check_types(pgd, locals())
-    check_count("steps", steps)
-    check_count("restarts", restarts)
+    check_least(1, steps=steps, restarts=restarts)
     if step_size is not None and not 0.0 < step_size < math.inf:
         raise ValueError(f"Expected argument `step_size` to be above 0 but got {step_size!r}.")
     if not 0.0 <= random_start <= 1.0:

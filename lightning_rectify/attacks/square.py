@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.attacks.ball import Ball, Norm, uniform
-from lightning_rectify.attacks.common import Model, Worst, attacking, check_count, logits_of, modules_of, prepare
+from lightning_rectify.attacks.common import Model, Worst, attacking, logits_of, modules_of, prepare
 from lightning_rectify.attacks.losses import loss_function
 
 # Of 10,000 queries, those after which the size p of squares is halved.
@@ -59,7 +59,7 @@ def square(
         ValueError: for an argument out of its range, naming it.
     """
     check_types(square, locals())
-    check_count("queries", queries)
+    check_least(1, queries=queries)
     if not 0.0 < p_init <= 1.0:
         raise ValueError(f"Expected argument `p_init` to be in (0, 1] but got {p_init!r}.")
     loss = loss_function("margin", check_labels=True)

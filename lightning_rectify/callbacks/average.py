@@ -15,7 +15,7 @@ from lightning_rectify._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.callbacks._logs import replacing
 from lightning_rectify.checkpoints import AVERAGED_FROM, load_plain
 
@@ -64,13 +64,9 @@ class CheckpointAverage(ModelCheckpoint):
         save_weights_only: bool = False,
     ) -> None:
         check_types(CheckpointAverage, locals())
-        if last < 1:
-            raise ValueError(f"Expected argument `last` to be at least 1 but got {last!r}.")
+        check_least(1, last=last, every_n_epochs=every_n_epochs, every_n_train_steps=every_n_train_steps)
         if not filename:
             raise ValueError("Expected argument `filename` to be the beginning of a file's name but got ''.")
-        for name, every in (("every_n_epochs", every_n_epochs), ("every_n_train_steps", every_n_train_steps)):
-            if every is not None and every < 1:
-                raise ValueError(f"Expected argument `{name}` to be at least 1, or None, but got {every!r}.")
         if every_n_epochs is not None and every_n_train_steps is not None:
             raise ValueError(
                 "Expected argument `every_n_train_steps` to be None with `every_n_epochs` but got "

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from lightning_rectify._lightning import BasePredictionWriter, LightningModule, Trainer
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.callbacks._drawn import DrawnInFit
 from lightning_rectify.callbacks._logs import is_dry, run_folder, writers
 
@@ -65,15 +65,8 @@ class SampleGrid(DrawnInFit):
     ) -> None:
         check_types(SampleGrid, locals())
         super().__init__(every_n_epochs)
-        for name, value, least in (
-            ("every_n_epochs", every_n_epochs, 1),
-            ("count", count, 1),
-            ("columns", columns, 1),
-            ("interpolations", interpolations, 0),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value}.")
+        check_least(0, interpolations=interpolations, seed=seed)
+        check_least(1, every_n_epochs=every_n_epochs, count=count, columns=columns)
         self.count, self.columns = count, columns
         self.seed, self.interpolations = seed, interpolations
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_rectify._lightning import Callback, LightningModule, Trainer
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.callbacks._logs import CsvFile, is_dry, replacing, run_folder, writers
 from lightning_rectify.callbacks._sharded import refuse_sharded
 from lightning_rectify.nn.modes import evaluating
@@ -155,9 +155,7 @@ class TranslationSamples(Callback):
     def __init__(self, count: int = 8, every_n_epochs: int = 1, beam_size: int = 1) -> None:
         check_types(TranslationSamples, locals())
         super().__init__()
-        for name, value in (("count", count), ("every_n_epochs", every_n_epochs), ("beam_size", beam_size)):
-            if value < 1:
-                raise ValueError(f"Expected argument `{name}` to be at least 1 but got {value!r}.")
+        check_least(1, count=count, every_n_epochs=every_n_epochs, beam_size=beam_size)
         self.count, self.every_n_epochs, self.beam_size = count, every_n_epochs, beam_size
         self._seen: dict[int, tuple[str, str]] = {}  # source and reference by place, while a validation goes on
         self._chosen: list[tuple[str, str]] = []

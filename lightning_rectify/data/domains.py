@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.arguments import came, check_types
+from lightning_rectify.arguments import came, check_least, check_types
 from lightning_rectify.data.domain_sources import DOMAINS, Images, count_classes, read_domain
 from lightning_rectify.data.image_datasets import ArrayImages, pairs, stratified_take
 from lightning_rectify.data.resumable import ResumableLoader, training_loader
@@ -89,12 +89,9 @@ class DomainPairs(LightningDataModule):
         self.margins = {"source": source_margin, "target": target_margin}
         for side, domain in self.domains.items():
             _check_domain(side, domain, self.roots[side])
-        lowest = {"image_size": 1, "source_margin": 0, "target_margin": 0, "batch_size": 1, "eval_batch_size": 1,
-                  "train_size": 1, "num_workers": 0, "seed": 0}  # fmt: skip
-        for name, low in lowest.items():
-            value = locals()[name]
-            if value is not None and value < low:
-                raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value!r}.")
+        check_least(0, source_margin=source_margin, target_margin=target_margin, num_workers=num_workers, seed=seed)
+        check_least(1, image_size=image_size, train_size=train_size)
+        check_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
         for side, margin in self.margins.items():
             if 2 * margin >= image_size:
                 raise ValueError(

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lightning_rectify.arguments import check_least
+
 PARTS = ("train", "val", "test")
 
 _TEST_SEED = 20190808  # the test part is the same whatever the seed, so that perplexities can be compared
@@ -96,10 +98,7 @@ def sentences(part: str, size: int, seed: int = 0) -> list[str]:
     """
     if part not in PARTS:
         raise ValueError(f"Expected argument `part` to be one of {', '.join(PARTS)} but got {part!r}.")
-    if size < 0:
-        raise ValueError(f"Expected argument `size` to be at least 0 but got {size!r}.")
-    if seed < 0:
-        raise ValueError(f"Expected argument `seed` to be at least 0 but got {seed!r}.")
+    check_least(0, size=size, seed=seed)
     numbers = _uniform([_TEST_SEED if part == "test" else seed, PARTS.index(part)])
     return [" ".join(_derive(numbers)) for _ in range(size)]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.data.image_datasets import (
     ArrayImages,
     FileImages,
@@ -99,11 +99,9 @@ class ImageData(LightningDataModule):
         if normalization not in _NORMALIZATIONS:
             known = ", ".join(_NORMALIZATIONS)
             raise ValueError(f"Expected argument `normalization` to be one of {known} but got {normalization!r}.")
-        lowest = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0, "image_size": 1, "train_size": 1}
-        for name, low in lowest.items():
-            value = locals()[name]
-            if value is not None and value < low:
-                raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value}.")
+        check_least(0, num_workers=num_workers, seed=seed)
+        check_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_least(1, image_size=image_size, train_size=train_size)
         if val_size < 0 or (isinstance(val_size, float) and val_size >= 1):
             raise ValueError(f"Expected argument `val_size` to be a share in [0, 1) or a number but got {val_size}.")
         self.dataset, self.root, self.download = dataset, root, download

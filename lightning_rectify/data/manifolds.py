@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.data.array_files import check_source, read_samples
 from lightning_rectify.data.image_datasets import as_count, split
 from lightning_rectify.data.image_sources import SOURCES, in_memory
@@ -272,9 +272,9 @@ def _check(name: str | None, drawn: bool, given: dict[str, Any]) -> None:
         raise ValueError(
             f"Expected argument `embedding` to be one of {', '.join(EMBEDDINGS)} but got {given['embedding']!r}."
         )
+    check_least(0, **{argument: given[argument] for argument in ("noise", "label_noise", "num_workers", "seed")})
+    check_least(1, **{argument: given[argument] for argument in ("batch_size", "train_size", "eval_batch_size")})
     for argument in ("noise", "label_noise"):
-        if not 0.0 <= given[argument] < float("inf"):
-            raise ValueError(f"Expected argument `{argument}` to be at least 0 but got {given[argument]!r}.")
         if given[argument] and not drawn:
             raise ValueError(f"Expected argument `{argument}` to be 0 without a manifold but got {given[argument]!r}.")
     if given["num_classes"] is not None and (given["x"] is None or given["num_classes"] < 2):
@@ -282,10 +282,6 @@ def _check(name: str | None, drawn: bool, given: dict[str, Any]) -> None:
             f"Expected argument `num_classes` to be at least 2, and None without points `x`, but got "
             f"{given['num_classes']!r}."
         )
-    lowest = {"batch_size": 1, "train_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
-    for argument, low in lowest.items():
-        if given[argument] is not None and given[argument] < low:
-            raise ValueError(f"Expected argument `{argument}` to be at least {low} but got {given[argument]!r}.")
     if name == "digits" and given["test_size"] is not None:
         raise ValueError(f"Expected argument `test_size` to be None for digits but got {given['test_size']!r}.")
     for argument in ("val_size", "test_size"):

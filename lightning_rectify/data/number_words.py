@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_rectify.arguments import check_least
+
 LANGUAGES = ("de", "en")
 PARTS = ("train", "val", "test")
 
@@ -77,8 +79,7 @@ def number_pairs(part: str, size: int, seed: int = 0) -> list[dict[str, str]]:
     limit = 400_000 if part == "train" else 20_000
     if not 0 <= size <= limit:
         raise ValueError(f"Expected argument `size` to be in 0 to {limit} for {part} but got {size!r}.")
-    if seed < 0:
-        raise ValueError(f"Expected argument `seed` to be at least 0 but got {seed!r}.")
+    check_least(0, seed=seed)
     kinds = [_distinct(kind, part, _TEST_SEED if part == "test" else seed) for kind in range(3)]
     return [words(next(kinds[i % 3])) for i in range(size)]
 

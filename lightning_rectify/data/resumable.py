@@ -8,6 +8,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_rectify._lightning import Trainer
+from lightning_rectify.arguments import check_least
 
 
 class EpochSampler(DistributedSampler[tuple[int, int]]):
@@ -34,8 +35,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
-        if seed < 0:
-            raise ValueError(f"Expected argument `seed` to be at least 0 but got {seed}.")
+        check_least(0, seed=seed)
         super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
+from lightning_rectify.arguments import check_least
 from lightning_rectify.text import BOS, EOS, TranslationBatch, pad
 
 
@@ -137,9 +138,8 @@ class TokenBatchSampler(DistributedSampler[tuple[int, ...]]):
                 "Expected exactly one of the arguments `batch_tokens` and `batch_size` but got "
                 f"{batch_tokens!r} and {batch_size!r}."
             )
-        for name, value, low in (("batch_tokens", batch_tokens, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if value is not None and value < low:
-                raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value!r}.")
+        check_least(0, seed=seed)
+        check_least(1, batch_tokens=batch_tokens, batch_size=batch_size)
         if len(lengths) < num_replicas:
             raise ValueError(
                 f"Expected argument `lengths` to have at least one sentence for each of {num_replicas} ranks but got "

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.data import grammar
 from lightning_rectify.data.aligned_texts import find, read_lines
 from lightning_rectify.data.resumable import EpochSampler, ResumableLoader
@@ -96,14 +96,10 @@ class TokenData(LightningDataModule):
     ) -> None:
         check_types(TokenData, locals())
         super().__init__()
-        lowest = {
-            "min_count": 1, "vocab_size": 3, "batch_size": 1, "streams": 1, "bptt": 1, "eval_streams": 1,
-            "eval_batch_size": 1, "train_size": 1, "val_size": 0, "test_size": 1, "seed": 0,
-        }  # fmt: skip
-        for name, low in lowest.items():
-            value = locals()[name]
-            if value is not None and value < low:
-                raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value!r}.")
+        check_least(0, val_size=val_size, seed=seed)
+        check_least(1, min_count=min_count, train_size=train_size, test_size=test_size, eval_batch_size=eval_batch_size)
+        check_least(1, batch_size=batch_size, streams=streams, bptt=bptt, eval_streams=eval_streams)
+        check_least(3, vocab_size=vocab_size)
         self.dataset, self.root, self.files = dataset, root, {"train": train, "val": val, "test": test}
         self._refuse_wrong_source()
         self.predict, self.min_count, self.vocab_size = predict, min_count, vocab_size

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import LightningDataModule, rank_zero_info
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.data.aligned_texts import (
     MULTI30K_FILES,
     Aligned,
@@ -120,15 +120,10 @@ class TranslationData(LightningDataModule):
         super().__init__()
         _refuse_unknown("dataset", dataset, _DATASETS)
         _refuse_unknown("vocabulary_kind", vocabulary_kind, _KINDS)
-        lowest = {
-            "vocab_size": 5, "target_vocab_size": 5, "batch_tokens": 1, "batch_size": 1, "eval_batch_size": 1,
-            "max_length": 1, "max_ratio": 1, "train_size": 1, "val_size": 0, "test_size": 1, "num_workers": 0,
-            "seed": 0,
-        }  # fmt: skip
-        for name, low in lowest.items():
-            value = locals()[name]
-            if value is not None and not low <= value < float("inf"):
-                raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value!r}.")
+        check_least(0, val_size=val_size, num_workers=num_workers, seed=seed)
+        check_least(1, batch_tokens=batch_tokens, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_least(1, max_length=max_length, max_ratio=max_ratio, train_size=train_size, test_size=test_size)
+        check_least(5, vocab_size=vocab_size, target_vocab_size=target_vocab_size)
         if batch_tokens is not None and batch_size is not None:
             raise ValueError(
                 f"Expected argument `batch_size` to be None, as `batch_tokens` is {batch_tokens}, but got {batch_size}."

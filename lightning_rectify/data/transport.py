@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.data.array_files import check_source, read_samples
 from lightning_rectify.data.image_datasets import as_count
 from lightning_rectify.data.resumable import ResumableLoader, training_loader
@@ -83,11 +83,9 @@ class TransportData(LightningDataModule):
             raise ValueError(f"Expected argument `problem` to be None with samples `x` and `y` but got {problem!r}.")
         if x is not None and dim is not None:
             raise ValueError(f"Expected argument `dim` to be None with samples `x` and `y` but got {dim!r}.")
-        lowest = {"batch_size": 1, "epoch_size": 1, "train_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
-        for name, low in lowest.items():
-            value = locals()[name]
-            if value is not None and value < low:
-                raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value!r}.")
+        check_least(0, num_workers=num_workers, seed=seed)
+        check_least(1, batch_size=batch_size, epoch_size=epoch_size)
+        check_least(1, train_size=train_size, eval_batch_size=eval_batch_size)
         known = x is None
         if val_size is None:
             val_size = 2000 if known else 0.1

@@ -10,6 +10,7 @@ import torch
 from scipy import linalg
 from torch import Tensor
 
+from lightning_rectify.arguments import check_above
 from lightning_rectify.data.transport import TransportData
 from lightning_rectify.data.transport_truths import Array, TransportProblem, TransportTruth, gaussians
 
@@ -138,8 +139,7 @@ class GaussianPlanData(TransportData):
             batch_size=batch_size, epoch_size=epoch_size, train_size=train_size, val_size=val_size,
             eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed,
         )  # fmt: skip
-        if not 0 < entropy < float("inf"):
-            raise ValueError(f"Expected argument `entropy` to be a finite number above 0 but got {entropy!r}.")
+        check_above(0, entropy=entropy)
         given: dict[str, Any] = {"mean_x": mean_x, "cov_x": cov_x, "mean_y": mean_y, "cov_y": cov_y}
         sides = {name: np.asarray(value, dtype=np.float64) for name, value in given.items()}
         dim = len(np.atleast_1d(sides["mean_x"]))

@@ -86,8 +86,7 @@ class SmallCNN(nn.Module):
     ) -> None:
         check_types(SmallCNN, locals())
         super().__init__()
-        if width < 1:
-            raise ValueError(f"Expected argument `width` to be at least 1 but got {width}.")
+        check_least(1, width=width)
         if norm not in ("batch", "group", "none"):
             raise ValueError(f"Expected argument `norm` to be 'batch', 'group' or 'none' but got {norm!r}.")
         if not 0 <= dropout < 1:

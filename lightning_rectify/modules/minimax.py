@@ -18,7 +18,7 @@ from lightning_rectify._lightning import (
     rank_zero_info,
     uncounted,
 )
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.base import RectifiedModule
 
 _NOISE = "noise_"  # and the kind of device: no generator takes another kind's state
@@ -102,11 +102,10 @@ class MinimaxModule(RectifiedModule):
                     raise ValueError(
                         f"Expected argument `{name}` to name players of {', '.join(self.players)} but got {player!r}."
                     )
-        _check_all("turns", turns, lambda value: isinstance(value, int) and value >= 1, "an integer of at least 1")
+        _check_all("turns", turns, lambda value: value >= 1, "at least 1")
         _check_all("clip_norm", clip, lambda value: value > 0, "above 0")
         _check_all("averages", averages, lambda value: 0 <= value < 1, "decays in [0, 1)")
-        if not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(f"Expected argument `accumulate` to be an integer of at least 1 but got {accumulate!r}.")
+        check_least(1, accumulate=accumulate)
         if joint and self.maximizer not in self.players:
             raise ValueError(
                 f"Expected argument `joint` to be False for {type(self).__name__}, whose `maximizer` is "
@@ -264,14 +263,14 @@ class MinimaxModule(RectifiedModule):
         means = {}
         for player, optimizer in self._optimizers():
             losses = []
-            for turn in range(self.turns[player]):
-                last = player == self.players[-1] and turn == self.turns[player] - 1
-                loss = getattr(self, f"{player}_loss")
+            with self._alone(optimizer):
+                for turn in range(self.turns[player]):
+                    last = player == self.players[-1] and turn == self.turns[player] - 1
+                    loss = getattr(self, f"{player}_loss")
 
-                def of_this_turn(batch: Any, loss: Any = loss, player: str = player, turn: int = turn) -> Tensor:
-                    return loss(self.turn_batch(batch, player, turn))
+                    def of_this_turn(batch: Any, loss: Any = loss, player: str = player, turn: int = turn) -> Tensor:
+                        return loss(self.turn_batch(batch, player, turn))
 
-                with self._alone(optimizer):
                     losses += self._accumulate(player, [optimizer], window, of_this_turn)
                     self._step(player, optimizer, counted=last)
             means[f"train/loss_{player}"] = torch.stack(losses).mean()

@@ -13,20 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_above, check_least, check_types
 
 _SMALLEST = 1e-7  # values are clamped here before a logarithm, as in the spacings of the authors' code
 _GRID = 20_001  # points on [0, 1] for the quantiles of a law given by its log-density
-
-
-def _check_weight(value: float) -> None:
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"Expected argument `weight` to be a finite number >= 0 but got {value!r}.")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"Expected argument `{name}` to be a finite number > 0 but got {value!r}.")
 
 
 class Control:
@@ -95,7 +85,7 @@ class SpectralConstraint(Control):
 
     def __post_init__(self) -> None:
         check_types(SpectralConstraint, vars(self))
-        _check_positive("bound", self.bound)
+        check_above(0, bound=self.bound)
 
     def project(self, e: Tensor) -> None:
         """Clip to [-bound, bound]."""
@@ -121,7 +111,7 @@ class LipschitzRegularizer(Control):
 
     def __post_init__(self) -> None:
         check_types(LipschitzRegularizer, vars(self))
-        _check_weight(self.weight)
+        check_least(0, weight=self.weight)
 
     def penalty(self, spectra: Sequence[Tensor]) -> Tensor:
         """One hinge for the whole network."""
@@ -147,7 +137,7 @@ class DOptimal(Control):
 
     def __post_init__(self) -> None:
         check_types(DOptimal, vars(self))
-        _check_weight(self.weight)
+        check_least(0, weight=self.weight)
 
     def penalty(self, spectra: Sequence[Tensor]) -> Tensor:
         """Mean within a layer, sum over layers."""
@@ -185,9 +175,8 @@ class Divergence(Control):
 
     def __post_init__(self) -> None:
         check_types(Divergence, vars(self))
-        _check_weight(self.weight)
-        _check_positive("scale", self.scale)
-        _check_positive("spacing", self.spacing)
+        check_least(0, weight=self.weight)
+        check_above(0, scale=self.scale, spacing=self.spacing)
 
     def penalty(self, spectra: Sequence[Tensor]) -> Tensor:
         """Mean within a layer, sum over layers."""

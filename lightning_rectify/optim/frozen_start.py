@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.optim._options import checked_params
 
 
@@ -50,9 +50,7 @@ class FrozenStartAdam(Optimizer):
     ) -> None:
         check_types(FrozenStartAdam, locals())
         numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "frozen_steps": frozen_steps}
-        for name, value in numbers.items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"Expected argument `{name}` to be at least 0 but got {value}.")
+        check_least(0, **numbers)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"Expected argument `betas` to be in [0, 1) each but got {betas}.")
         super().__init__(checked_params(params), {**numbers, "betas": tuple(betas)})

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 
 
 class _ClosedForm(LRScheduler):
@@ -65,7 +65,7 @@ class LinearWarmup(_ClosedForm):
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, start_factor: float = 0.0) -> None:
         check_types(LinearWarmup, locals())
-        _check_steps("warmup_steps", warmup_steps)
+        check_least(0, warmup_steps=warmup_steps)
         _check_part("start_factor", start_factor)
         self.warmup_steps, self.start_factor = warmup_steps, start_factor
         super().__init__(optimizer)
@@ -95,7 +95,7 @@ class InverseSquareRoot(_ClosedForm):
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, start_factor: float = 0.0) -> None:
         check_types(InverseSquareRoot, locals())
-        _check_steps("warmup_steps", warmup_steps)
+        check_least(0, warmup_steps=warmup_steps)
         _check_part("start_factor", start_factor)
         self.warmup_steps, self.start_factor = warmup_steps, start_factor
         super().__init__(optimizer)
@@ -137,7 +137,7 @@ class LinearDecay(_ClosedForm):
         start_lr: float = 0.0,
     ) -> None:
         check_types(LinearDecay, locals())
-        _check_steps("warmup_steps", warmup_steps)
+        check_least(0, warmup_steps=warmup_steps)
         if not total_steps > warmup_steps:
             raise ValueError(
                 f"Expected argument `total_steps` to be above `warmup_steps`, which is {warmup_steps}, but got "
@@ -211,11 +211,6 @@ class UntunedExponentialWarmup(_ClosedForm):
 
 def _line(step: int, length: int, start: float) -> float:
     return start + (1.0 - start) * step / length if step < length else 1.0
-
-
-def _check_steps(name: str, value: int) -> None:
-    if not value >= 0:
-        raise ValueError(f"Expected argument `{name}` to be at least 0 but got {value!r}.")
 
 
 def _check_part(name: str, value: float) -> None:

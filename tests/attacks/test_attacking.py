@@ -222,7 +222,7 @@ GIVEN = (fgsm, pgd, apgd, square, autoattack)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epsilon": -0.1}, "`epsilon` to be a finite number of at least 0 but got -0.1"),
+        ({"epsilon": -0.1}, "`epsilon` to be at least 0 but got -0.1"),
         ({"epsilon": float("nan")}, "`epsilon`"),
         ({"epsilon": 8.0}, "`epsilon` to be at most 1, the width of `bounds`.*pixel units"),
         ({"norm": "l1"}, "`norm` to be 'linf' or 'l2' but got 'l1'"),
@@ -249,7 +249,7 @@ def test_bad_arguments(attack, change, message):
 @pytest.mark.parametrize(
     ("attack", "kwargs", "message"),
     [
-        (pgd, {"steps": 0}, "`steps` to be an integer of at least 1 but got 0"),
+        (pgd, {"steps": 0}, "`steps` to be at least 1 but got 0"),
         (pgd, {"steps": True}, "`steps`"),
         (pgd, {"restarts": 1.5}, "`restarts` to be an integer but got 1.5"),
         (pgd, {"step_size": 0.0}, "`step_size` to be above 0 but got 0.0"),
@@ -263,8 +263,8 @@ def test_bad_arguments(attack, change, message):
         (apgd, {"loss": "kl"}, "`loss`"),
         (apgd, {"targets": 3}, "`targets` to be None with loss 'ce' but got 3"),
         (apgd, {"loss": "dlr_targeted", "targets": 4}, "`targets` to be at most 3, the wrong classes, but got 4"),
-        (apgd, {"loss": "dlr_targeted", "targets": 0}, "`targets` to be an integer of at least 1 but got 0"),
-        (square, {"queries": 0}, "`queries` to be an integer of at least 1"),
+        (apgd, {"loss": "dlr_targeted", "targets": 0}, "`targets` to be at least 1 but got 0"),
+        (square, {"queries": 0}, "`queries` to be at least 1"),
         (square, {"p_init": 0.0}, r"`p_init` to be in \(0, 1\] but got 0.0"),
         (autoattack, {"version": "fast"}, "`version` to be standard, plus, rand or custom but got 'fast'"),
         (autoattack, {"version": "custom"}, "`attacks` to be names with version 'custom'"),

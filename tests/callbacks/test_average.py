@@ -346,8 +346,8 @@ def test_other_wrong_input(files, tmp_path):
     ("options", "message"),
     [
         ({"last": 0}, "`last` to be at least 1 but got 0"),
-        ({"every_n_epochs": 0}, "`every_n_epochs` to be at least 1, or None, but got 0"),
-        ({"every_n_train_steps": -2}, "`every_n_train_steps` to be at least 1, or None, but got -2"),
+        ({"every_n_epochs": 0}, "`every_n_epochs` to be at least 1 but got 0"),
+        ({"every_n_train_steps": -2}, "`every_n_train_steps` to be at least 1 but got -2"),
         ({"every_n_epochs": 1, "every_n_train_steps": 5}, "`every_n_train_steps` to be None with `every_n_epochs`.*5"),
     ],
 )

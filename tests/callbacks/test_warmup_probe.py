@@ -446,12 +446,12 @@ def test_dry_and_resumed_runs():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"streams": 1}, "`streams` to be an integer of at least 2 but got 1"),
-        ({"steps": 0}, "`steps` to be an integer of at least 1 but got 0"),
-        ({"sample_size": 0}, "`sample_size` to be an integer of at least 1 but got 0"),
+        ({"streams": 1}, "`streams` to be at least 2 but got 1"),
+        ({"steps": 0}, "`steps` to be at least 1 but got 0"),
+        ({"sample_size": 0}, "`sample_size` to be at least 1 but got 0"),
         ({"beta2": 1.0}, "`beta2` to be in .0, 1., or None, but got 1.0"),
-        ({"tolerance": 1.0}, "`tolerance` to be above 1 but got 1.0"),
-        ({"seed": -1}, "`seed` to be an integer of at least 0 but got -1"),
+        ({"tolerance": 1.0}, "`tolerance` to be a finite number above 1 but got 1.0"),
+        ({"seed": -1}, "`seed` to be at least 0 but got -1"),
     ],
 )
 def test_bad_arguments(options, message):

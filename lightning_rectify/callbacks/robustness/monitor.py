@@ -18,7 +18,7 @@ from lightning_rectify._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.attacks.ball import Norm
 from lightning_rectify.attacks.common import attacking, input_gradient
 from lightning_rectify.attacks.gradient import pgd
@@ -140,16 +140,8 @@ class RobustnessMonitor(Callback):
             raise ValueError(f"Expected argument `epsilon` to be above 0, or None, but got {epsilon!r}.")
         if norm not in (None, "linf", "l2"):
             raise ValueError(f"Expected argument `norm` to be 'linf', 'l2' or None but got {norm!r}.")
-        for name, value, least in (
-            ("every_n_epochs", every_n_epochs, 1),
-            ("max_images", max_images, 1),
-            ("steps", steps, 1),
-            ("restarts", restarts, 1),
-            ("examples", examples, 0),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value!r}.")
+        check_least(0, examples=examples, seed=seed)
+        check_least(1, every_n_epochs=every_n_epochs, max_images=max_images, steps=steps, restarts=restarts)
         if bounds is not None and not -float("inf") < bounds[0] < bounds[1] < float("inf"):
             raise ValueError(
                 f"Expected argument `bounds` to be two finite numbers, the lower first, or None, but got {bounds!r}."

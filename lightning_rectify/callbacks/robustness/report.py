@@ -122,10 +122,10 @@ def robust_report(
     """
     check_types(robust_report, locals())
     check_least(0, seed=seed)
+    check_least(1, apgd_steps=apgd_steps, queries=queries, batch_size=batch_size)
     begin = time.perf_counter()
     given = {"steps": steps, "restarts": restarts, "epsilons": epsilons or ()}
-    _check(epsilon, norm, bounds, given, attacks, {"apgd_steps": apgd_steps, "queries": queries,
-                                                   "batch_size": batch_size})  # fmt: skip
+    _check(epsilon, norm, bounds, given, attacks)
     if not callable(model):
         raise ValueError(f"Expected argument `model` to be callable, images to logits, but got {came(model)}.")
     plan = Plan(
@@ -332,7 +332,6 @@ def _check(
     bounds: tuple[float, float],
     lists: Mapping[str, Sequence[float]],
     attacks: Sequence[str],
-    numbers: Mapping[str, int],
 ) -> None:
     if not 0 < epsilon < float("inf"):
         raise ValueError(f"Expected argument `epsilon` to be above 0 (in pixel units) but got {epsilon!r}.")
@@ -355,6 +354,3 @@ def _check(
             raise ImportError("Attack 'autoattack' needs its package: pip install 'lightning-rectify[attacks]'.")
         if attack not in _KNOWN:
             raise ValueError(f"Expected argument `attacks` to hold names of {', '.join(_KNOWN)} but got {attack!r}.")
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"Expected argument `{name}` to be at least 1 but got {number!r}.")

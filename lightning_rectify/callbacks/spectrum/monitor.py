@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_rectify._lightning import Callback, LightningModule, Trainer, rank_zero_info
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.callbacks._logs import (
     add_layout,
     as_tensors,
@@ -89,8 +89,7 @@ class SpectrumMonitor(Callback):
     ) -> None:
         check_types(SpectrumMonitor, locals())
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"Expected argument `every_n_steps` to be at least 1 but got {every_n_steps}.")
+        check_least(1, every_n_steps=every_n_steps)
         if module == "":
             raise ValueError(f"Expected argument `module` to be a dotted name, or None for all, but got {module!r}.")
         if image_size is not None and image_size < 1:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_rectify._lightning import Callback, LightningModule, Trainer
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.callbacks._logs import CsvFile, is_dry, run_folder, writers
 from lightning_rectify.callbacks.transport.figures import draw_history
 
@@ -36,10 +36,7 @@ class PlanHistory(Callback):
     def __init__(self, every_n_validations: int = 0) -> None:
         check_types(PlanHistory, locals())
         super().__init__()
-        if every_n_validations < 0:
-            raise ValueError(
-                f"Expected argument `every_n_validations` to be at least 0 but got {every_n_validations!r}."
-            )
+        check_least(0, every_n_validations=every_n_validations)
         self.every_n_validations = every_n_validations
         self._steps: list[int] = []
         self._values: dict[str, list[float]] = {name: [] for name in NAMES}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from lightning_rectify._lightning import LightningModule, Trainer
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.callbacks._drawn import DrawnInFit
 from lightning_rectify.callbacks._logs import is_dry, run_folder, writers
 from lightning_rectify.callbacks.transport.figures import Pair, draw_pairs, draw_plan_of_numbers, image_pairs
@@ -73,16 +73,9 @@ class PlanFigure(DrawnInFit):
     ) -> None:
         check_types(PlanFigure, locals())
         super().__init__(every_n_epochs)
-        for name, value, least in (
-            ("every_n_epochs", every_n_epochs, 1),
-            ("count", count, 2),
-            ("images", images, 1),
-            ("columns", columns, 1),
-            ("grid", grid, 2),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value!r}.")
+        check_least(0, seed=seed)
+        check_least(1, every_n_epochs=every_n_epochs, images=images, columns=columns)
+        check_least(2, count=count, grid=grid)
         low, high = image_range
         if not -float("inf") < low < high < float("inf"):
             raise ValueError(

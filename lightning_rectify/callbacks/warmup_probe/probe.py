@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_rectify._lightning import LightningModule, Trainer
+from lightning_rectify.arguments import check_above, check_least
 from lightning_rectify.callbacks._sharded import refuse_sharded
 from lightning_rectify.callbacks._untouched import random_state, untouched
 from lightning_rectify.callbacks.warmup_probe.advice import LayerProbe, PlayerProbe, advise
@@ -47,20 +48,14 @@ class ProbeOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"streams": 2, "steps": 1, "sample_size": 1, "accumulate": 1, "seed": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is None and name in ("sample_size", "accumulate"):
-                continue
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"Expected argument `{name}` to be an integer of at least {low} but got {value!r}.")
+        check_least(0, seed=self.seed)
+        check_least(1, steps=self.steps, sample_size=self.sample_size, accumulate=self.accumulate)
+        check_least(2, streams=self.streams)
+        check_above(1, tolerance=self.tolerance, worse_than=self.worse_than)
         if self.beta2 is not None and not 0.0 < self.beta2 < 1.0:
             raise ValueError(f"Expected argument `beta2` to be in (0, 1), or None, but got {self.beta2!r}.")
         if isinstance(self.loss, Mapping) and not self.loss:
             raise ValueError("Expected argument `loss` to be a function, or a dict of them by player, but got {}.")
-        for name in ("tolerance", "worse_than"):
-            if not 1.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"Expected argument `{name}` to be above 1 but got {getattr(self, name)!r}.")
 
 
 def measure(trainer: Trainer, module: LightningModule, options: ProbeOptions) -> WarmupProbeResult:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.base import RectifiedModule
 from lightning_rectify.modules.image_networks import build_network
 
@@ -52,10 +52,8 @@ class ImageClassifier(RectifiedModule):
     ) -> None:
         check_types(ImageClassifier, locals())
         super().__init__(**kwargs)
-        lowest = {"num_classes": (num_classes, 2), "in_channels": (in_channels, 1), "image_size": (image_size, 1)}
-        for name, (value, low) in lowest.items():
-            if value < low:
-                raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value}.")
+        check_least(1, in_channels=in_channels, image_size=image_size)
+        check_least(2, num_classes=num_classes)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1) but got {label_smoothing}.")
         if isinstance(network, nn.Module) and network_args:

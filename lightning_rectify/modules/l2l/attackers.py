@@ -96,10 +96,10 @@ class FullResolutionAttacker(nn.Module):
         gain: float = 1.0,
     ) -> None:
         check_types(FullResolutionAttacker, locals())
-        check_least(1, inputs=inputs, outputs=outputs)
+        check_least(1, inputs=inputs, outputs=outputs, width=width)
         _check_multiples(multiples)
         super().__init__()
-        _check(width, norm, gain)
+        _check(norm, gain)
         widths = [width * multiple for multiple in multiples]
         self.stem = _stem(inputs, widths[0], norm, stride=1)
         self.blocks = nn.Sequential(*map(partial(ResidualBlock, norm=norm), widths, widths[1:]))
@@ -153,10 +153,10 @@ class StridedAttacker(nn.Module):
         learn_gain: bool = False,
     ) -> None:
         check_types(StridedAttacker, locals())
-        check_least(1, inputs=inputs, outputs=outputs, shrink=shrink)
+        check_least(1, inputs=inputs, outputs=outputs, shrink=shrink, width=width)
         _check_multiples(multiples)
         super().__init__()
-        _check(width, norm, gain)
+        _check(norm, gain)
         widths = [width * multiple for multiple in multiples]
         up = max(1, width // shrink)
         self.stem = _stem(inputs, widths[0], norm, stride=2)
@@ -254,9 +254,7 @@ def _check_multiples(multiples: Sequence[int]) -> None:
         )
 
 
-def _check(width: int, norm: str, gain: float) -> None:
-    if width < 1:
-        raise ValueError(f"Expected argument `width` to be at least 1 but got {width!r}.")
+def _check(norm: str, gain: float) -> None:
     if norm not in ("batch", "group", "none"):
         raise ValueError(f"Expected argument `norm` to be 'batch', 'group' or 'none' but got {norm!r}.")
     if not 0 < gain < math.inf:

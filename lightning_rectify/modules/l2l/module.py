@@ -177,13 +177,12 @@ class L2LDefense(MinimaxModule):
         super().__init__(joint=self.learned and chosen["order"] == "joint", **kwargs)
         check_least(2, num_classes=num_classes)
         check_least(1, in_channels=in_channels, image_size=image_size, steps=steps, train_steps=train_steps)
-        check_least(0, val_attack_steps=val_attack_steps, test_attack_steps=test_attack_steps, eval_seed=eval_seed)
+        check_least(0, val_attack_steps=val_attack_steps, test_attack_steps=test_attack_steps)
+        check_least(0, eval_seed=eval_seed, trades_beta=trades_beta)
         limits = [0.0, 1.0] if bounds is None else bounds
         check_ball(epsilon, limits, step_size, random_start)
         if not 0 <= clean_weight < 1:
             raise ValueError(f"Expected argument `clean_weight` to be in [0, 1) but got {clean_weight!r}.")
-        if not 0 <= trades_beta < float("inf"):
-            raise ValueError(f"Expected argument `trades_beta` to be at least 0 but got {trades_beta!r}.")
         self.num_classes, self.in_channels = num_classes, in_channels
         self.epsilon, self.bounds = float(epsilon), (float(limits[0]), float(limits[1]))
         self.training_attack = TrainingAttack(

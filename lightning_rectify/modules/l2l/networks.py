@@ -103,12 +103,10 @@ class WideResNet(nn.Module):
         self, depth: int, width: int, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0
     ) -> None:
         check_types(WideResNet, locals())
-        check_least(1, num_classes=num_classes, in_channels=in_channels)
+        check_least(1, width=width, num_classes=num_classes, in_channels=in_channels)
         super().__init__()
         if depth < 10 or depth % 6 != 4:
             raise ValueError(f"Expected argument `depth` to be 6 n + 4, at least 10, but got {depth!r}.")
-        if width < 1:
-            raise ValueError(f"Expected argument `width` to be at least 1 but got {width!r}.")
         if not 0 <= dropout < 1:
             raise ValueError(f"Expected argument `dropout` to be in [0, 1) but got {dropout!r}.")
         self.stem = _conv3x3(in_channels, 16)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.base import RectifiedModule
 from lightning_rectify.modules.language_model.networks import LSTMNetwork
 from lightning_rectify.modules.language_model.states import CarriedStates, of_all_ranks
@@ -228,8 +228,7 @@ class LanguageModel(RectifiedModule):
             RuntimeError: if the module has no vocabulary yet.
             ValueError: for a ``batch_size`` below 1.
         """
-        if batch_size < 1:
-            raise ValueError(f"Expected argument `batch_size` to be at least 1 but got {batch_size}.")
+        check_least(1, batch_size=batch_size)
         encoded = [self._words().encode(text) for text in texts]
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # like lengths together
         scores = torch.zeros(len(encoded), dtype=torch.float64)
@@ -266,8 +265,7 @@ class LanguageModel(RectifiedModule):
             RuntimeError: if the module has no vocabulary yet.
             ValueError: for an argument outside its range.
         """
-        if length < 0:
-            raise ValueError(f"Expected argument `length` to be at least 0 but got {length!r}.")
+        check_least(0, length=length)
         if not (temperature >= 0 and math.isfinite(temperature)):
             raise ValueError(f"Expected argument `temperature` to be at least 0 and finite but got {temperature!r}.")
         vocabulary = self._words()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 
 _INIT = 0.1  # embeddings begin uniform in +- this
 
@@ -29,13 +29,8 @@ class StackedLSTM(nn.Module):
 
     def __init__(self, vocab_size: int, embedding_size: int, hidden_size: int, layers: int, dropout: float) -> None:
         super().__init__()
-        lowest = {
-            "vocab_size": (vocab_size, 3), "embedding_size": (embedding_size, 1), "hidden_size": (hidden_size, 1),
-            "layers": (layers, 1),
-        }  # fmt: skip
-        for name, (value, low) in lowest.items():
-            if value < low:
-                raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value!r}.")
+        check_least(1, embedding_size=embedding_size, hidden_size=hidden_size, layers=layers)
+        check_least(3, vocab_size=vocab_size)
         if not 0 <= dropout < 1:
             raise ValueError(f"Expected argument `dropout` to be in [0, 1) but got {dropout!r}.")
         self.embedding = nn.Embedding(vocab_size, embedding_size)

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_above, check_least, check_types
 from lightning_rectify.modules.manifold.graph import Affine, ReluGraph, concatenated
 from lightning_rectify.modules.manifold.layered import LayeredNetwork
 
@@ -55,8 +56,10 @@ class Square(ReluBlock):
     """
 
     def __init__(self, levels: int) -> None:
+        check_types(Square, locals())
+        check_least(1, levels=levels)
         super().__init__()
-        self.levels = _at_least("levels", levels, 1)
+        self.levels = levels
 
     @property
     def error(self) -> float:
@@ -97,7 +100,8 @@ class SignedSquare(ReluBlock):
 
     def __init__(self, levels: int, bound: float = 1.0) -> None:
         super().__init__()
-        self.bound, self.square = _positive("bound", bound), Square(levels)
+        check_above(0, bound=bound)
+        self.bound, self.square = float(bound), Square(levels)
 
     @property
     def error(self) -> float:
@@ -143,7 +147,8 @@ class Product(ReluBlock):
         super().__init__()
         if form not in ("three_squares", "two_squares"):
             raise ValueError(f"Expected argument `form` to be 'three_squares' or 'two_squares' but got {form!r}.")
-        self.bound, self.form, self.square = _positive("bound", bound), form, Square(levels)
+        check_above(0, bound=bound)
+        self.bound, self.form, self.square = float(bound), form, Square(levels)
 
     @property
     def error(self) -> float:
@@ -245,8 +250,10 @@ class Hat(ReluBlock):
     """
 
     def __init__(self, dim: int) -> None:
+        check_types(Hat, locals())
+        check_least(1, dim=dim)
         super().__init__()
-        self.arity = _at_least("dim", dim, 1)
+        self.arity = dim
 
     def forward(self, *t: Tensor) -> Tensor:
         """The hat of d coordinates; shapes that broadcast."""
@@ -289,7 +296,8 @@ class Indicator(ReluBlock):
         super().__init__()
         if slope not in ("bounded", "steep"):
             raise ValueError(f"Expected argument `slope` to be 'bounded' or 'steep' but got {slope!r}.")
-        self.high, self.slope = _positive("high", high), slope
+        check_above(0, high=high)
+        self.high, self.slope = float(high), slope
         if not 0.0 <= low < high:
             raise ValueError(f"Expected argument `low` to be in [0, high={high!r}) but got {low!r}.")
         # The small reduction keeps a ratio that is a power of two from one clip too many.
@@ -311,15 +319,3 @@ class Indicator(ReluBlock):
         for _ in range(self.clips):
             rising = rising.relu() * 2.0 - (rising - self.high / 2.0).relu() * 2.0
         return rising * (1.0 / self.high)
-
-
-def _at_least(name: str, value: int, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"Expected argument `{name}` to be an integer >= {low} but got {value!r}.")
-    return value
-
-
-def _positive(name: str, value: float) -> float:
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"Expected argument `{name}` to be a positive number but got {value!r}.")
-    return float(value)

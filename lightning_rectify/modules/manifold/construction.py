@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_above, check_least, check_types
 from lightning_rectify.modules.manifold.blocks import Indicator
 from lightning_rectify.modules.manifold.charts import TangentCharts
 from lightning_rectify.modules.manifold.factored import FactoredTaylorNet
@@ -45,18 +46,16 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what is out of its range."""
+        check_types(Options, vars(self))
         if self.mode not in RECIPES:
             raise ValueError(f"Expected argument `mode` to be one of {', '.join(RECIPES)} but got {self.mode!r}.")
         if (self.eps is None) == (self.grid is None):
             raise ValueError(
                 f"Expected argument `eps` or `grid` to be given, not both, but got eps={self.eps}, grid={self.grid}."
             )
-        if self.eps is not None and not 0.0 < self.eps < math.inf:
-            raise ValueError(f"Expected argument `eps` to be a positive number but got {self.eps!r}.")
-        for name in ("grid", "degree", "levels", "pairing_levels", "distance_levels"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"Expected argument `{name}` to be an integer >= 1 but got {value!r}.")
+        check_above(0, eps=self.eps)
+        check_least(1, grid=self.grid, degree=self.degree, levels=self.levels, safety=self.safety)
+        check_least(1, pairing_levels=self.pairing_levels, distance_levels=self.distance_levels)
         if self.budget not in ("charts", "overlap"):
             raise ValueError(f"Expected argument `budget` to be 'charts' or 'overlap' but got {self.budget!r}.")
         if self.eps is not None and (self.levels or self.pairing_levels or self.shell):
@@ -67,8 +66,6 @@ class Options:
             value = getattr(self, name)
             if value is not None and not low < value < high:
                 raise ValueError(f"Expected argument `{name}` to be in ({low:g}, {high:g}) but got {value!r}.")
-        if not self.safety >= 1.0:
-            raise ValueError(f"Expected argument `safety` to be at least 1 but got {self.safety!r}.")
 
 
 @dataclass

@@ -39,8 +39,9 @@ def nearest_neighbors(
     Raises:
         ValueError: if an argument is out of its range.
     """
+    check_types(nearest_neighbors, locals())
+    check_least(1, k=k)
     points = checked_points(points)
-    _at_least("k", k, 1)
     if k >= len(points):
         raise ValueError(f"Expected argument `k` to be less than the {len(points)} points but got {k}.")
     queries = torch.arange(len(points), device=points.device) if queries is None else queries
@@ -154,8 +155,8 @@ def reach(
     if not 0.0 <= quantile < 1.0:
         raise ValueError(f"Expected argument `quantile` to be in [0, 1) but got {quantile!r}.")
     if tangents is None:
-        _at_least("d", d, 1)
         assert d is not None
+        check_least(1, d=d)
         if d > points.shape[1]:
             raise ValueError(f"Expected argument `d` to be at most {points.shape[1]}, that of the space, but got {d}.")
         return estimated_reach(points, d, quantile)
@@ -274,8 +275,3 @@ def _steps(points: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Row indices (B,) and differences (B, N, D) to all points, block by block."""
     for rows in torch.arange(len(points), device=points.device).split(max(most // max(points.numel(), 1), 1)):
         yield rows, points - points[rows][:, None]
-
-
-def _at_least(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"Expected argument `{name}` to be an integer >= {low} but got {value!r}.")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_least
+
 
 @dataclass(frozen=True, eq=False)
 class Affine:
@@ -161,8 +163,7 @@ class ReluGraph:
 
     def __post_init__(self) -> None:
         """Start with the inputs at level 0."""
-        if self.inputs < 1:
-            raise ValueError(f"Expected argument `inputs` to be at least 1 but got {self.inputs!r}.")
+        check_least(1, inputs=self.inputs)
         self.levels = torch.zeros(self.inputs, dtype=torch.int64)
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_above, check_least, check_types
 from lightning_rectify.modules.manifold.sampling import farthest_points, reach_of
 
 
@@ -88,7 +88,7 @@ class Sphere(Manifold):
         self, dim: int = 2, ambient_dim: int | None = None, radius: float = 1.0, frame: Tensor | None = None
     ) -> None:
         check_types(Sphere, locals())
-        _check_positive(radius=radius)
+        check_above(0, radius=radius)
         self.dim, self.radius, self.reach = dim, radius, radius
         self.frame = _frame(dim + 1, ambient_dim, frame)
         self.ambient_dim = self.frame.shape[0]
@@ -159,7 +159,7 @@ class ParametricManifold(Manifold):
         lift_radius: float | None = None,
     ) -> None:
         check_types(ParametricManifold, locals())
-        _check_positive(reach=reach, lift_radius=lift_radius)
+        check_above(0, reach=reach, lift_radius=lift_radius)
         if not ranges:
             raise ValueError("Expected argument `ranges` to hold at least one pair but got none.")
         if not all(-math.inf < low < high < math.inf for low, high in ranges):
@@ -260,7 +260,7 @@ class Torus(ParametricManifold):
         self, ambient_dim: int | None = None, major: float = 1.0, minor: float = 0.5, frame: Tensor | None = None
     ) -> None:
         check_types(Torus, locals())
-        _check_positive(major=major)
+        check_above(0, major=major)
         if not 0.0 < minor < major:
             raise ValueError(f"Expected argument `minor` to be in (0, major={major!r}) but got {minor!r}.")
         columns = _frame(3, ambient_dim, frame)
@@ -272,15 +272,8 @@ class Torus(ParametricManifold):
         super().__init__(embedding, [(0.0, 2 * math.pi)] * 2, reach=min(minor, major - minor))
 
 
-def _check_positive(**lengths: float | None) -> None:
-    for name, value in lengths.items():
-        if value is not None and not 0.0 < value < math.inf:
-            raise ValueError(f"Expected argument `{name}` to be a positive number but got {value!r}.")
-
-
 def _frame(columns: int, ambient_dim: int | None, frame: Tensor | None) -> Tensor:
-    if columns < 2:
-        raise ValueError(f"Expected argument `dim` to be at least 1 but got {columns - 1}.")
+    check_least(1, dim=columns - 1)
     if frame is not None:
         frame = frame.to(torch.float64)
         close = frame.ndim == 2 and frame.shape[1] == columns and ambient_dim in (None, frame.shape[0])
@@ -290,8 +283,7 @@ def _frame(columns: int, ambient_dim: int | None, frame: Tensor | None) -> Tenso
                 f"got a tensor of shape {tuple(frame.shape)}."
             )
         return frame
-    if ambient_dim is not None and ambient_dim < columns:
-        raise ValueError(f"Expected argument `ambient_dim` to be at least {columns} but got {ambient_dim}.")
+    check_least(columns, ambient_dim=ambient_dim)
     return torch.eye(ambient_dim or columns, columns, dtype=torch.float64)
 
 

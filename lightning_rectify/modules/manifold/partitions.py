@@ -7,6 +7,7 @@ network. The telescoping one is made by the network from its gates.
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_least
 from lightning_rectify.modules.manifold.graph import Affine, concatenated
 
 
@@ -31,8 +32,7 @@ class BumpPartition(nn.Module):
         super().__init__()
         if not support > 0.0:
             raise ValueError(f"Expected argument `support` to be positive but got {support!r}.")
-        if power < 2:
-            raise ValueError(f"Expected argument `power` to be at least 2 but got {power!r}.")
+        check_least(2, power=power)
         self.support, self.power = support, power
         self.register_buffer("centers", centers)
 

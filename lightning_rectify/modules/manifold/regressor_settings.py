@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_rectify.arguments import check_least
 from lightning_rectify.modules.manifold.experts import EXPERTS
 
 
@@ -16,11 +17,9 @@ class ChartAnswers(dict[str, Tensor]):
 
 def check(given: dict[str, Any]) -> None:
     """Refuse arguments of ``ManifoldRegressor`` that are out of their range."""
-    lowest = {"in_features": 1, "outputs": 1, "cells": 1, "hidden": 1, "dispatch": 1, "seed": 0}
-    for name, low in {**lowest, "num_classes": 2, "early_stopping": 0, "anchor": 0}.items():
-        value = given[name]
-        if value is not None and not low <= value < float("inf"):
-            raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value!r}.")
+    check_least(0, **{name: given[name] for name in ("seed", "early_stopping", "anchor")})
+    check_least(1, **{name: given[name] for name in ("in_features", "outputs", "cells", "hidden", "dispatch")})
+    check_least(2, num_classes=given["num_classes"])
     dim, degree, radius = given["dim"], given["degree"], given["radius"]
     if dim != "auto" and (isinstance(dim, str) or not 1 <= dim <= given["in_features"]):
         raise ValueError(

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_least
+
 
 def farthest_points(points: Tensor, distance: float, most: int | None = None) -> Tensor:
     """Farthest point sampling (Gonzalez 1985): each next point is the one farthest from those chosen.
@@ -23,8 +25,7 @@ def farthest_points(points: Tensor, distance: float, most: int | None = None) ->
     Raises:
         ValueError: if ``distance`` is negative.
     """
-    if distance < 0.0:
-        raise ValueError(f"Expected argument `distance` to be at least 0 but got {distance}.")
+    check_least(0, distance=distance)
     chosen, equal = [0], 1.0 - math.sqrt(torch.finfo(points.dtype).eps)
     gaps = (points - points[0]).square().sum(1)
     while len(chosen) < (len(points) if most is None else most) and gaps.max().item() > distance**2:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.checkpoints import require_whole
 from lightning_rectify.modules.image_networks import build_network
 from lightning_rectify.modules.spectral_gan._extractor import FeatureExtractor, forked_seed
@@ -68,9 +68,9 @@ class ClassifierFeatures(FeatureExtractor):
     ) -> None:
         check_types(ClassifierFeatures, locals())
         super().__init__()
-        for name, value, low in (("epochs", epochs, 1), ("batch_size", batch_size, 2), ("seed", seed, 0)):
-            if value < low:
-                raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value}.")
+        check_least(0, seed=seed)
+        check_least(1, epochs=epochs)
+        check_least(2, batch_size=batch_size)
         if not 0 < lr < float("inf"):
             raise ValueError(f"Expected argument `lr` to be positive but got {lr}.")
         if (mean is None) != (std is None) or (checkpoint is None and mean is not None):
@@ -84,9 +84,8 @@ class ClassifierFeatures(FeatureExtractor):
             network, num_classes = hparams.get("network", network), hparams.get("num_classes", num_classes)
             in_channels = hparams.get("in_channels", in_channels)
             network_args = hparams.get("network_args", network_args)
-        for name, value, low in (("num_classes", num_classes, 2), ("in_channels", in_channels, 1)):
-            if value < low:
-                raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value}.")
+        check_least(1, in_channels=in_channels)
+        check_least(2, num_classes=num_classes)
         self.epochs, self.batch_size, self.lr, self.seed = epochs, batch_size, lr, seed
         with forked_seed(seed):
             self.network = build_network(network, num_classes, in_channels, **(network_args or {}))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.spectral_gan._classifier_features import ClassifierFeatures
 from lightning_rectify.modules.spectral_gan._extractor import FeatureExtractor, forked_seed
 
@@ -46,10 +46,8 @@ class RandomFeatures(FeatureExtractor):
     def __init__(self, num_features: int = 64, in_channels: int = 1, seed: int = 0) -> None:
         check_types(RandomFeatures, locals())
         super().__init__()
-        lowest = {"num_features": (num_features, 1), "in_channels": (in_channels, 1), "seed": (seed, 0)}
-        for name, (value, low) in lowest.items():
-            if value < low:
-                raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value}.")
+        check_least(0, seed=seed)
+        check_least(1, num_features=num_features, in_channels=in_channels)
         layers: list[nn.Module] = []
         with forked_seed(seed):
             for inputs, outputs in ((in_channels, 16), (16, 32), (32, num_features)):

@@ -17,6 +17,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistance
 
+from lightning_rectify.arguments import check_least
 from lightning_rectify.modules.spectral_gan._balls import check_pair, density_coverage, precision_recall
 from lightning_rectify.modules.spectral_gan._extractor import FeatureExtractor, forked_seed
 from lightning_rectify.modules.spectral_gan.features import InceptionFeatures
@@ -59,15 +60,9 @@ class GenerationMetrics(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        lowest = {
-            "kid_subsets": (kid_subsets, 1),
-            "kid_subset_size": (kid_subset_size, 2),
-            "neighbours": (neighbours, 1),
-            "seed": (seed, 0),
-        }
-        for name, (value, low) in lowest.items():
-            if value < low:
-                raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value}.")
+        check_least(0, seed=seed)
+        check_least(1, kid_subsets=kid_subsets, neighbours=neighbours)
+        check_least(2, kid_subset_size=kid_subset_size)
         self.kid_subsets, self.kid_subset_size = kid_subsets, kid_subset_size
         self.neighbours, self.seed = neighbours, seed
         self._extractor = (extractor,)  # a tuple: not a child, so not in the state dict
@@ -212,9 +207,8 @@ def kid_interval(
         ValueError: if shapes do not fit or an argument is outside its range.
     """
     check_pair(real, fake, 1, smallest=min(len(real), len(fake)))
-    for name, value, low in (("subsets", subsets, 2), ("subset_size", subset_size, 2), ("seed", seed, 0)):
-        if value < low:
-            raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value}.")
+    check_least(0, seed=seed)
+    check_least(2, subsets=subsets, subset_size=subset_size)
     metric = _kid_metric(real.double(), fake.double(), 1, subset_size)
     with forked_seed(seed), _quiet():
         values = torch.stack([metric.compute()[0] for _ in range(subsets)])

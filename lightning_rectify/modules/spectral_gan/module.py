@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from lightning_rectify._lightning import OptimizerCallable
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.minimax import MinimaxModule
 from lightning_rectify.modules.spectral_gan.features import FeatureExtractor
 from lightning_rectify.modules.spectral_gan.losses import get_loss, gradient_penalty, r1_penalty
@@ -104,8 +104,7 @@ class SpectralGAN(MinimaxModule):
         **kwargs: Any,
     ) -> None:
         check_types(SpectralGAN, locals())
-        if n_dis < 1:
-            raise ValueError(f"Expected argument `n_dis` to be at least 1 but got {n_dis}.")
+        check_least(1, n_dis=n_dis)
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"Expected argument `ema_decay` to be in [0, 1) or None but got {ema_decay}.")
         super().__init__(
@@ -114,9 +113,7 @@ class SpectralGAN(MinimaxModule):
             joint=False,
             **kwargs,
         )
-        for name, value in {"gradient_penalty": gradient_penalty, "r1": r1, "eval_seed": eval_seed}.items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"Expected argument `{name}` to be at least 0 but got {value}.")
+        check_least(0, gradient_penalty=gradient_penalty, r1=r1, eval_seed=eval_seed)
         if latent_distribution not in (None, "uniform", "normal"):
             raise ValueError(
                 f"Expected argument `latent_distribution` to be 'uniform', 'normal' or None but got "
@@ -226,7 +223,7 @@ class SpectralGAN(MinimaxModule):
         Raises:
             ValueError: for an argument outside its range, and for labels of an unconditional model.
         """
-        _at_least_one(count=count)
+        check_least(1, count=count)
         classes = self.num_classes
         if classes is not None and labels is not None and not _are_classes(labels, count, classes):
             raise ValueError(
@@ -247,7 +244,7 @@ class SpectralGAN(MinimaxModule):
             steps: images of a pair, its ends among them, at least 1.
             seed: of the latent vectors.
         """
-        _at_least_one(pairs=pairs, steps=steps)
+        check_least(1, pairs=pairs, steps=steps)
         start, end = self._seeded_latents(2 * pairs, seed).chunk(2)
         path = slerp if self.latent_distribution == "normal" else lerp
         latents = path(start, end, torch.linspace(0, 1, steps, device=self.device))
@@ -348,12 +345,6 @@ class SpectralGAN(MinimaxModule):
             values = self.metrics.compute()
             self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
         self.metrics.reset()
-
-
-def _at_least_one(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"Expected argument `{name}` to be at least 1 but got {value}.")
 
 
 def _are_classes(labels: Tensor, count: int, classes: int) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_least
 from lightning_rectify.modules.spectral_gan._blocks import (
     ConditionalNorm,
     DownBlock,
@@ -57,10 +58,7 @@ def build_networks(
     """
     if name not in ("cnn", "resnet"):
         raise ValueError(f"Expected argument `network` to be 'cnn' or 'resnet' but got {name!r}.")
-    widths = {"generator_width": generator_width, "discriminator_width": discriminator_width}
-    for argument, value in widths.items():
-        if value is not None and value < 1:
-            raise ValueError(f"Expected argument `{argument}` to be at least 1 but got {value}.")
+    check_least(1, generator_width=generator_width, discriminator_width=discriminator_width)
     common: dict[str, Any] = {"image_size": image_size, "in_channels": in_channels, "num_classes": num_classes}
     ours: dict[str, Any] = {"norm": norm}
     if generator_width is not None:
@@ -80,10 +78,7 @@ class _Network(nn.Module):
         super().__init__()
         if image_size not in (32, 48):
             raise ValueError(f"Expected argument `image_size` to be 32 or 48 but got {image_size}.")
-        lowest = {"in_channels": in_channels, "width": width, "num_classes": 1 if num_classes is None else num_classes}
-        for name, value in lowest.items():
-            if value < 1:
-                raise ValueError(f"Expected argument `{name}` to be at least 1 but got {value}.")
+        check_least(1, in_channels=in_channels, width=width, num_classes=num_classes)
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
         self.bottom = image_size // 8  # the side of the smallest feature map
 
@@ -141,7 +136,8 @@ class CNNGenerator(_Network):
         norm: Norm = "batch",
     ) -> None:
         super().__init__(image_size, in_channels, width, num_classes)
-        self.latent_size = _checked_latent(latent_size)
+        check_least(1, latent_size=latent_size)
+        self.latent_size = latent_size
         widths = [max(1, width // 2**i) for i in range(4)]
         self.stem = nn.Linear(latent_size, widths[0] * self.bottom**2)
         self.norms = nn.ModuleList(
@@ -242,7 +238,8 @@ class ResNetGenerator(_Network):
         norm: Norm = "batch",
     ) -> None:
         super().__init__(image_size, in_channels, width, num_classes)
-        self.latent_size = _checked_latent(latent_size)
+        check_least(1, latent_size=latent_size)
+        self.latent_size = latent_size
         self.stem = nn.Linear(latent_size, width * self.bottom**2)
         self.blocks = nn.ModuleList(UpBlock(width, num_classes, norm) for _ in range(3))
         self.norm = ConditionalNorm(width, None, norm)
@@ -307,9 +304,3 @@ class ResNetDiscriminator(_Network):
 def _score(features: Tensor, head: nn.Module, classes: nn.Module | None, labels: Tensor | None) -> Tensor:
     score = head(features).squeeze(1)
     return score if classes is None else score + (classes(labels) * features).sum(dim=1)
-
-
-def _checked_latent(size: int) -> int:
-    if size < 1:
-        raise ValueError(f"Expected argument `latent_size` to be at least 1 but got {size}.")
-    return size

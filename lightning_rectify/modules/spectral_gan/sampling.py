@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_least
+
 Distribution = Literal["uniform", "normal"]
 
 _DISTRIBUTIONS = ("uniform", "normal")
@@ -37,10 +39,8 @@ def draw_latents(
     Raises:
         ValueError: for an argument outside its range.
     """
-    if count < 0:
-        raise ValueError(f"Expected argument `count` to be at least 0 but got {count}.")
-    if latent_size < 1:
-        raise ValueError(f"Expected argument `latent_size` to be at least 1 but got {latent_size}.")
+    check_least(0, count=count)
+    check_least(1, latent_size=latent_size)
     _check_distribution(distribution)
     shape = (count, latent_size)
     source = generator.device if generator is not None else device
@@ -183,8 +183,7 @@ def nearest_neighbours(queries: Tensor, reference: Tensor, k: int = 1, chunk: in
         )
     if not 1 <= k <= len(reference):
         raise ValueError(f"Expected argument `k` to be from 1 to {len(reference)}, the references, but got {k}.")
-    if chunk < 1:
-        raise ValueError(f"Expected argument `chunk` to be at least 1 but got {chunk}.")
+    check_least(1, chunk=chunk)
     # Bytes would overflow and half precision would not resolve.
     dtype = torch.promote_types(torch.promote_types(queries.dtype, reference.dtype), torch.float32)
     blocks = queries.detach().flatten(1).split(chunk)
@@ -225,10 +224,8 @@ def image_grid(images: Tensor, columns: int = 10, padding: int = 2) -> Tensor:
         raise ValueError(
             f"Expected argument `images` to be of shape (N, C, H, W), N > 0, but got {tuple(images.shape)}."
         )
-    if columns < 1:
-        raise ValueError(f"Expected argument `columns` to be at least 1 but got {columns}.")
-    if padding < 0:
-        raise ValueError(f"Expected argument `padding` to be at least 0 but got {padding}.")
+    check_least(1, columns=columns)
+    check_least(0, padding=padding)
     count, channels, height, width = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)

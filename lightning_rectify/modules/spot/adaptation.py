@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rectify._lightning import OptimizerCallable
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_above, check_least, check_types
 from lightning_rectify.modules.spot.adaptation_joint import network_loss, pair_loss
 from lightning_rectify.modules.spot.adaptation_losses import (
     confident_loss,
@@ -157,14 +157,11 @@ class SPOTAdaptation(PartedModule):
                 "classifier_optimizer": classifier_optimizer,
             },
         )  # fmt: skip
-        _check(
-            {"num_classes": (num_classes, 2), "in_channels": (in_channels, 1), "source_steps": (source_steps, 0),
-             "plan_steps": (1 if plan_steps is None else plan_steps, 1)},
-            {"semantic_weight": semantic_weight, "class_weight": class_weight, "transport_weight": transport_weight,
-             "pseudo_weight": pseudo_weight, "carried_weight": carried_weight},
-        )  # fmt: skip
-        if not 0 < eta < float("inf"):
-            raise ValueError(f"Expected argument `eta` to be a finite number above 0 but got {eta!r}.")
+        check_least(0, source_steps=source_steps, semantic_weight=semantic_weight, class_weight=class_weight)
+        check_least(0, transport_weight=transport_weight, pseudo_weight=pseudo_weight, carried_weight=carried_weight)
+        check_least(1, in_channels=in_channels, plan_steps=plan_steps)
+        check_least(2, num_classes=num_classes)
+        check_above(0, eta=eta)
         if not 0 < pseudo_threshold <= 1:
             raise ValueError(f"Expected argument `pseudo_threshold` to be in (0, 1] but got {pseudo_threshold!r}.")
         if method == "joint":
@@ -307,12 +304,3 @@ class SPOTAdaptation(PartedModule):
         if self.method == "joint":
             names = [name for name in names if name != "critic"]  # its parts are called, never the whole
         return [getattr(self, name) for name in names]
-
-
-def _check(whole: dict[str, tuple[int, int]], weights: dict[str, float]) -> None:
-    for name, (value, least) in whole.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"Expected argument `{name}` to be an integer of at least {least} but got {value!r}.")
-    for name, number in weights.items():
-        if not 0 <= number < float("inf"):
-            raise ValueError(f"Expected argument `{name}` to be at least 0 but got {number!r}.")

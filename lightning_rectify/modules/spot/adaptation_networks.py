@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_least
+
 Domain = Literal["source", "target"]
 SMALLEST = 16
 
@@ -28,9 +30,8 @@ class DigitFeatures(nn.Module):
 
     def __init__(self, in_channels: int = 1, image_size: int = 28, width: int = 500, domains: int = 1) -> None:
         super().__init__()
-        _at_least(
-            {"in_channels": (in_channels, 1), "image_size": (image_size, SMALLEST), "classifier_width": (width, 1)}
-        )
+        check_least(1, in_channels=in_channels, classifier_width=width)
+        check_least(SMALLEST, image_size=image_size)
         side = ((image_size - 4) // 2 - 4) // 2
         self.first = nn.ModuleList([nn.Conv2d(in_channels, 20, 5) for _ in range(domains)])
         self.shared = nn.Sequential(
@@ -58,7 +59,7 @@ class DigitClassifier(nn.Module):
         self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28, width: int = 500, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        _at_least({"num_classes": (num_classes, 2)})
+        check_least(2, num_classes=num_classes)
         if not 0 <= dropout < 1:
             raise ValueError(f"Expected argument `dropout` to be in [0, 1) but got {dropout!r}.")
         self.features = DigitFeatures(in_channels, image_size, width)
@@ -94,7 +95,8 @@ class DomainNetwork(nn.Module):
         critic_width: int = 0,
     ) -> None:
         super().__init__()
-        _at_least({"num_classes": (num_classes, 2), "critic_width": (critic_width, 0)})
+        check_least(0, critic_width=critic_width)
+        check_least(2, num_classes=num_classes)
         self.features = DigitFeatures(in_channels, image_size, width, domains=2)
         self.critic_source = _critic_head(width, critic_width)
         self.critic_target = _critic_head(width, critic_width)
@@ -143,9 +145,9 @@ class DigitPair(nn.Module):
         norm: str = "batch",
     ) -> None:
         super().__init__()
-        _at_least(
-            {"image_size": (image_size, SMALLEST), "latent_size": (latent_size, 1), "generator_width": (width, 8)}
-        )
+        check_least(1, latent_size=latent_size)
+        check_least(8, generator_width=width)
+        check_least(SMALLEST, image_size=image_size)
         if norm not in ("batch", "none"):
             raise ValueError(f"Expected argument `norm` to be 'batch' or 'none' but got {norm!r}.")
         if width % 8:
@@ -191,9 +193,8 @@ class ImageMap(nn.Module):
         self, in_channels: int = 1, image_size: int = 28, latent_size: int = 16, width: int = 16, affine: bool = True
     ) -> None:
         super().__init__()
-        _at_least(
-            {"image_size": (image_size, SMALLEST), "latent_size": (latent_size, 1), "generator_width": (width, 1)}
-        )
+        check_least(1, latent_size=latent_size, generator_width=width)
+        check_least(SMALLEST, image_size=image_size)
         if image_size % 4:
             raise ValueError(f"Expected argument `image_size` to be a multiple of 4 but got {image_size!r}.")
         self.latent_size = latent_size
@@ -246,7 +247,7 @@ class ImageCritic(nn.Module):
 
     def __init__(self, in_channels: int = 1, image_size: int = 28, width: int = 32) -> None:
         super().__init__()
-        _at_least({"critic_width": (width, 1)})
+        check_least(1, critic_width=width)
         side = image_size // 4
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels, width, 4, 2, 1), nn.LeakyReLU(0.2),
@@ -275,9 +276,3 @@ def check_logits(network: nn.Module, shape: Sequence[int], num_classes: int) -> 
     if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"Expected argument `classifier` to give logits of shape (B, {num_classes}) but got {got!r}.")
-
-
-def _at_least(values: dict[str, tuple[int, int]]) -> None:
-    for name, (value, low) in values.items():
-        if not isinstance(value, int) or value < low:
-            raise ValueError(f"Expected argument `{name}` to be an integer of at least {low} but got {value!r}.")

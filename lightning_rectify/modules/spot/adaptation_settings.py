@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer
 
+from lightning_rectify.arguments import check_least
 from lightning_rectify.modules.spot.adaptation_losses import Adversarial
 from lightning_rectify.optim.rectified_adam import RectifiedAdam
 
@@ -72,8 +73,5 @@ def resolve(method: str, given: Mapping[str, Any]) -> Settings:
         )
     if not 0 <= chosen.ema_decay < 1:
         raise ValueError(f"Expected argument `ema_decay` to be in [0, 1) but got {chosen.ema_decay!r}.")
-    for name in ("penalty_weight", "augment", "decay_steps"):
-        value = getattr(chosen, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"Expected argument `{name}` to be at least 0 but got {value!r}.")
+    check_least(0, penalty_weight=chosen.penalty_weight, augment=chosen.augment, decay_steps=chosen.decay_steps)
     return chosen

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_rectify.arguments import check_least
 from lightning_rectify.modules.spot.networks import dcgan_start, image_side, make_norm
 from lightning_rectify.nn.spectral import matrix_layers, spectral_control
 
@@ -165,9 +166,7 @@ def build_critics(
         ValueError: for an argument outside its range.
     """
     check_constraint(constraint)
-    for name, value in {"critic_width": width, "critic_depth": depth}.items():
-        if value < 1:
-            raise ValueError(f"Expected argument `{name}` to be at least 1 but got {value!r}.")
+    check_least(1, critic_width=width, critic_depth=depth)
     if constraint == "groupsort" and width % 2:
         raise ValueError(f"Expected argument `critic_width` to be even with `groupsort` but got {width!r}.")
     if norm not in ("batch", "none"):

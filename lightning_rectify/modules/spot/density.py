@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_least
 from lightning_rectify.modules.spot.estimator import PlanEstimator, Samples, as_samples
 from lightning_rectify.modules.spot.ode import ODEPair
 from lightning_rectify.nn.modes import evaluating
@@ -40,8 +41,7 @@ class PlanDensity(PlanEstimator):
         Raises:
             ValueError: for another number, or for entropy with a generator that has no density.
         """
-        if not 0 <= entropy < float("inf"):
-            raise ValueError(f"Expected argument `entropy` to be a finite number of at least 0 but got {entropy!r}.")
+        check_least(0, entropy=entropy)
         if entropy and not self.has_density:
             raise ValueError(
                 f"Expected argument `entropy` to be 0 for a generator without density (only 'ode' has one) but got "
@@ -93,8 +93,7 @@ class PlanDensity(PlanEstimator):
         network = self._ode("log_prob")
         left, right = as_samples("x", x), as_samples("y", y)
         self._check_pairs(left, right)
-        if probes is not None and probes < 1:
-            raise ValueError(f"Expected argument `probes` to be at least 1 or None but got {probes!r}.")
+        check_least(1, probes=probes)
         sides = self._standardized((left.to(self.scale), right.to(self.scale)))
         joined = torch.cat([side.flatten(1) for side in sides], dim=1)
         generator = torch.Generator().manual_seed(seed)
@@ -122,8 +121,7 @@ class PlanDensity(PlanEstimator):
             ValueError: for a generator without density, or a count below 1.
         """
         network = self._ode("round_trip_error")
-        if count < 1:
-            raise ValueError(f"Expected argument `count` to be at least 1 but got {count!r}.")
+        check_least(1, count=count)
         latents = torch.randn(count, network.size, generator=torch.Generator().manual_seed(seed)).to(self.scale)
         worst = 0.0
         with evaluating(network):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_rectify._lightning import Callback, Trainer
+from lightning_rectify.arguments import check_least
 from lightning_rectify.modules.spot.metrics import TransportEstimate, estimate
 from lightning_rectify.modules.spot.plan import LOOK, PlanModule
 from lightning_rectify.modules.spot.transport_map import TransportMap
@@ -67,9 +68,8 @@ class PlanEstimator(PlanModule):
             (17.9, tensor([[2.98, 3.01]]))
         """
         left, right = as_samples("x", x), as_samples("y", y)
-        for name, value, least in (("steps", steps, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"Expected argument `{name}` to be at least {least} but got {value!r}.")
+        check_least(0, seed=seed)
+        check_least(1, steps=steps, batch_size=batch_size)
         with torch.random.fork_rng(), _quiet():
             torch.manual_seed(seed)
             shapes = {"shape_x": list(left.shape[1:]), "shape_y": list(right.shape[1:])}
@@ -102,8 +102,7 @@ class PlanEstimator(PlanModule):
         """
         if (x is None) != (y is None):
             raise ValueError("Expected arguments `x` and `y` to be given together but got one of them.")
-        if count < 2:
-            raise ValueError(f"Expected argument `count` to be at least 2 but got {count!r}.")
+        check_least(2, count=count)
         data = self._samples if x is None or y is None else (as_samples("x", x), as_samples("y", y))
         return estimate(self.cost_function, self.sample_pairs(count, seed), data, float(self.eta))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rectify._lightning import OptimizerCallable
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_above, check_least, check_types
 from lightning_rectify.modules.spot.costs import CostFunction, check_reduction, get_cost, gradient_norms, reduce_cost
 from lightning_rectify.modules.spot.critics import build_critics, clip_weights, gradient_penalty
 from lightning_rectify.modules.spot.density import PlanDensity
@@ -140,12 +140,10 @@ class SPOT(PlanDensity):
                 "critic_steps": critic_steps, "burst": burst, "ema_decay": ema_decay, "standardize": standardize,
             },
         )  # fmt: skip
-        _check(
-            {"critic_steps": (chosen.critic_steps, 1), "burst": (chosen.burst, 0), "eval_samples": (eval_samples, 2),
-             "eval_seed": (eval_seed, 0), "decay_steps": (decay_steps or 0, 0),
-             "latent_size": (1 if chosen.latent_size is None else chosen.latent_size, 1)},
-            {"penalty_weight": penalty_weight, "clip": clip},
-        )  # fmt: skip
+        check_least(0, burst=chosen.burst, eval_seed=eval_seed, decay_steps=decay_steps)
+        check_least(1, critic_steps=chosen.critic_steps, latent_size=chosen.latent_size)
+        check_least(2, eval_samples=eval_samples)
+        check_above(0, penalty_weight=penalty_weight, clip=clip)
         if not 0 <= chosen.ema_decay < 1:
             raise ValueError(f"Expected argument `ema_decay` to be in [0, 1) but got {chosen.ema_decay!r}.")
         if chosen.eta != "auto" and (isinstance(chosen.eta, str) or not 0 < chosen.eta < float("inf")):
@@ -277,12 +275,3 @@ def _shape(name: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1:
         raise ValueError(f"Expected argument `{name}` to be a number or a list of numbers above 0 but got {shape!r}.")
     return sizes
-
-
-def _check(whole: dict[str, tuple[int, int]], positive: dict[str, float]) -> None:
-    for name, (value, least) in whole.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"Expected argument `{name}` to be an integer of at least {least} but got {value!r}.")
-    for name, number in positive.items():
-        if not 0 < number < float("inf"):
-            raise ValueError(f"Expected argument `{name}` to be a finite number above 0 but got {number!r}.")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_least
 from lightning_rectify.modules.spot.ode import ODEPair
 
 Share = Literal["trunk", "none"]
@@ -219,9 +220,7 @@ def build_generator(
         >>> generator(torch.zeros(4, 5)).shape
         torch.Size([4, 5])
     """
-    for name, value in {"latent_size": latent_size, "width": width, "depth": depth}.items():
-        if value < 1:
-            raise ValueError(f"Expected argument `{name}` to be at least 1 but got {value!r}.")
+    check_least(1, latent_size=latent_size, width=width, depth=depth)
     if share not in ("trunk", "none"):
         raise ValueError(f"Expected argument `share` to be 'trunk' or 'none' but got {share!r}.")
     if norm not in ("batch", "group", "none"):

@@ -18,6 +18,8 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_above, check_least, check_types
+
 Trace = Literal["exact", "hutchinson"]
 #: torchdiffeq's solvers with fixed steps; the others here choose their own
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
@@ -117,18 +119,15 @@ class ODEPair(nn.Module):
         trace: Trace = "exact",
         adjoint: bool = False,
     ) -> None:
+        check_types(ODEPair, locals())
         super().__init__()
         known = (*FIXED, *ADAPTIVE)
         if method not in known:
             raise ValueError(f"Expected argument `method` to be one of {', '.join(known)} but got {method!r}.")
         if trace not in ("exact", "hutchinson"):
             raise ValueError(f"Expected argument `trace` to be 'exact' or 'hutchinson' but got {trace!r}.")
-        for name, value in {"width": width, "depth": depth, "steps": steps}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Expected argument `{name}` to be an integer of at least 1 but got {value!r}.")
-        for name, tolerance in {"rtol": rtol, "atol": atol}.items():
-            if not 0 < tolerance < float("inf"):
-                raise ValueError(f"Expected argument `{name}` to be a finite number above 0 but got {tolerance!r}.")
+        check_least(1, width=width, depth=depth, steps=steps)
+        check_above(0, rtol=rtol, atol=atol)
         self.shape_x, self.shape_y = tuple(shape_x), tuple(shape_y)
         self.sizes = [math.prod(self.shape_x), math.prod(self.shape_y)]
         self.size = sum(self.sizes)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_least
 from lightning_rectify.modules.minimax import MinimaxModule
 from lightning_rectify.modules.spot.costs import CostFunction, Reduction
 from lightning_rectify.modules.spot.eta import automatic_eta, largest_gradient, warn_if_small
@@ -124,8 +125,7 @@ class PlanModule(MinimaxModule):
         Raises:
             ValueError: for a count below 1.
         """
-        if count < 1:
-            raise ValueError(f"Expected argument `count` to be at least 1 but got {count!r}.")
+        check_least(1, count=count)
         latents = torch.randn(count, self.latent_size, generator=torch.Generator().manual_seed(seed))
         latents = latents.to(self.scale)
         chunk = max(_NUMBERS // max(math.prod(self.generator.shape_x), math.prod(self.generator.shape_y), 64), 1)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
+from lightning_rectify.arguments import check_least
+
 
 def rmsprop(params: Any, lr: float) -> Optimizer:
     """Torch's RMSprop with this rate, all tensors of a kind in one go (the same numbers, and faster on a CPU too)."""
@@ -91,8 +93,7 @@ class HoldThenDecay(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, hold: float = 0.5, final: float = 0.02) -> None:
-        if total_steps < 1:
-            raise ValueError(f"Expected argument `total_steps` to be at least 1 but got {total_steps!r}.")
+        check_least(1, total_steps=total_steps)
         if not 0 <= hold < 1:
             raise ValueError(f"Expected argument `hold` to be in [0, 1) but got {hold!r}.")
         if not 0 <= final <= 1:

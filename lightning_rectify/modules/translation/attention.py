@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rectify.arguments import check_least
+
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     r"""Softmax of the scaled scores, :math:`\mathrm{softmax}(Q K^T / \sqrt d)` (arXiv:1706.03762, equation 1).
@@ -187,8 +189,7 @@ class DecoderState:
         Raises:
             ValueError: if ``times`` is below 1.
         """
-        if times < 1:
-            raise ValueError(f"Expected argument `times` to be at least 1 but got {times}.")
+        check_least(1, times=times)
         self.group *= times
         self.past = [None if past is None else past.repeat_interleave(times, dim=0) for past in self.past]
 

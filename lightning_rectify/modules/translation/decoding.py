@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_least
 from lightning_rectify.text import BOS, EOS, PAD
 
 
@@ -111,8 +112,7 @@ def sample(
     """
     if not temperature > 0:
         raise ValueError(f"Expected argument `temperature` to be above 0 but got {temperature}.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"Expected argument `top_k` to be at least 1 or None but got {top_k}.")
+    check_least(1, top_k=top_k)
     if not 0 < top_p <= 1:
         raise ValueError(f"Expected argument `top_p` to be in (0, 1] but got {top_p}.")
 
@@ -181,8 +181,7 @@ def beam_search(
     Raises:
         ValueError: for an argument outside its range.
     """
-    if beam_size < 1:
-        raise ValueError(f"Expected argument `beam_size` to be at least 1 but got {beam_size}.")
+    check_least(1, beam_size=beam_size)
     if not 1 <= n_best <= beam_size:
         raise ValueError(f"Expected argument `n_best` to be from 1 to `beam_size` {beam_size} but got {n_best}.")
     limits = _checked(source, max_lengths)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_least
 from lightning_rectify.modules.translation.decoding import Hypothesis, beam_search, greedy_search, sample
 from lightning_rectify.modules.translation.transformer import Transformer
 from lightning_rectify.nn.modes import evaluating
@@ -101,7 +102,7 @@ class TextInterface(nn.Module):
         Raises:
             ValueError: if there are not as many translations as texts, or for a ``batch_size`` below 1.
         """
-        _check_batch_size(batch_size)
+        check_least(1, batch_size=batch_size)
         if len(texts) != len(translations):
             raise ValueError(
                 f"Expected argument `translations` to have one for each of {len(texts)} texts but got "
@@ -162,7 +163,7 @@ class TextInterface(nn.Module):
         batch_size: int,
     ) -> list[list[tuple[str, float]]]:
         """Texts and scores of the best hypotheses, from batches of like lengths."""
-        _check_batch_size(batch_size)
+        check_least(1, batch_size=batch_size)
         encoded = self._encode(self._vocabularies()[0], texts)
         order = sorted((i for i, tokens in enumerate(encoded) if len(tokens) > 1), key=lambda i: -len(encoded[i]))
         found: list[list[tuple[str, float]]] = [[] for _ in texts]
@@ -210,8 +211,3 @@ class TextInterface(nn.Module):
 
     def _text(self, hypothesis: Hypothesis) -> str:
         return self._vocabularies()[1].decode(hypothesis.tokens)
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"Expected argument `batch_size` to be at least 1 but got {batch_size}.")

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rectify.arguments import check_least
+
 # Scores of a block, so many numbers: small enough for the cache's sake, large enough for the matrix products'.
 _BLOCK = {"cpu": 2**21}
 _BLOCK_ELSEWHERE = 2**25
@@ -143,5 +145,4 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: floa
         )
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1) but got {label_smoothing}.")
-    if block is not None and block < 1:
-        raise ValueError(f"Expected argument `block` to be at least 1 or None but got {block}.")
+    check_least(1, block=block)

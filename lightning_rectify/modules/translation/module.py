@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rectify._lightning import rank_zero_warn
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.base import RectifiedModule
 from lightning_rectify.modules.translation.interface import TextInterface
 from lightning_rectify.modules.translation.loss import linear_cross_entropy
@@ -88,8 +88,7 @@ class Translator(TextInterface, RectifiedModule):
             raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1) but got {label_smoothing}.")
         if not -float("inf") < length_penalty < float("inf"):
             raise ValueError(f"Expected argument `length_penalty` to be a finite number but got {length_penalty}.")
-        if beam_size < 1:
-            raise ValueError(f"Expected argument `beam_size` to be at least 1 but got {beam_size}.")
+        check_least(1, beam_size=beam_size)
         if not 0 < max_length_ratio < float("inf"):
             raise ValueError(f"Expected argument `max_length_ratio` to be above 0 but got {max_length_ratio}.")
         try:

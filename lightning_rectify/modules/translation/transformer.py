@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.translation.attention import DecoderState
 from lightning_rectify.modules.translation.layers import DecoderLayer, Embedding, EncoderLayer, LayerOptions, Norm
 from lightning_rectify.text import PAD
@@ -64,12 +64,10 @@ class Transformer(nn.Module):
     ) -> None:
         check_types(Transformer, locals())
         super().__init__()
-        _check_sizes(
-            vocab_size=(vocab_size, 4),
-            target_vocab_size=(vocab_size if target_vocab_size is None else target_vocab_size, 4),
-            width=(width, 2), heads=(heads, 1), feedforward=(feedforward, 1), encoder_layers=(encoder_layers, 1),
-            decoder_layers=(decoder_layers, 1), max_length=(max_length, 1),
-        )  # fmt: skip
+        check_least(4, vocab_size=vocab_size, target_vocab_size=target_vocab_size)
+        check_least(2, width=width)
+        check_least(1, heads=heads, feedforward=feedforward, max_length=max_length)
+        check_least(1, encoder_layers=encoder_layers, decoder_layers=decoder_layers)
         _check_shares(dropout=dropout, attention_dropout=attention_dropout, activation_dropout=activation_dropout)
         _check_choices(width, heads, norm, positions)
         places = max_length if positions == "learned" else None
@@ -199,12 +197,6 @@ class Decoder(nn.Module):
             weights.append(layer.weights(x, memory, source_mask))
             x = layer.feed(layer.look(x, memory, source_mask))
         return torch.stack(weights)
-
-
-def _check_sizes(**sizes: tuple[int, int]) -> None:
-    for name, (value, low) in sizes.items():
-        if value < low:
-            raise ValueError(f"Expected argument `{name}` to be at least {low} but got {value}.")
 
 
 def _check_shares(**shares: float) -> None:

@@ -151,11 +151,11 @@ def test_gradients_are_those_of_the_interpolation():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Square(0), r"`levels` to be an integer >= 1 but got 0"),
+        (lambda: Square(0), r"`levels` to be at least 1 but got 0"),
         (lambda: Product(3, form="one"), r"`form` to be 'three_squares' or 'two_squares' but got 'one'"),
-        (lambda: Product(3, bound=-1.0), r"`bound` to be a positive number but got -1.0"),
+        (lambda: Product(3, bound=-1.0), r"`bound` to be a finite number above 0 but got -1.0"),
         (lambda: Monomial((0, 0), 3), r"`exponents` .* got \(0, 0\)"),
-        (lambda: Hat(0), r"`dim` to be an integer >= 1 but got 0"),
+        (lambda: Hat(0), r"`dim` to be at least 1 but got 0"),
         (lambda: Indicator(1.0, 1.0), r"`low` to be in \[0, high=1.0\) but got 1.0"),
         (lambda: Indicator(0.0, 1.0, "soft"), r"`slope` .* got 'soft'"),
     ],

@@ -385,8 +385,8 @@ def test_a_moved_polynomial_is_the_same_polynomial():
     [
         ({}, "`eps` or `grid` to be given, not both, but got eps=None, grid=None"),
         ({"eps": 0.1, "grid": 3}, "`eps` or `grid`"),
-        ({"eps": -1.0}, "`eps` to be a positive number but got -1.0"),
-        ({"grid": 0}, "`grid` to be an integer >= 1 but got 0"),
+        ({"eps": -1.0}, "`eps` to be a finite number above 0 but got -1.0"),
+        ({"grid": 0}, "`grid` to be at least 1 but got 0"),
         ({"grid": 3, "mode": "best"}, "`mode` to be one of paper, lean, .* but got 'best'"),
         ({"grid": 3, "mode": "p1", "degree": 2}, "`degree` to be 1 in mode 'p1' but got 2"),
         ({"grid": 3, "cover": 1.5}, r"`cover` to be in \(0, 1\) but got 1.5"),

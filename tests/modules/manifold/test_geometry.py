@@ -170,7 +170,7 @@ def test_injectivity_is_what_the_charts_report():
     [
         (lambda x, t: reach(x), "`tangents` or `d` to be given, not both, but got d=None"),
         (lambda x, t: reach(x, t, d=1), "`tangents` or `d` to be given, not both, but got d=1"),
-        (lambda x, t: reach(x, d=0), "`d` to be an integer >= 1 but got 0"),
+        (lambda x, t: reach(x, d=0), "`d` to be at least 1 but got 0"),
         (lambda x, t: reach(x, t, quantile=1.0), r"`quantile` to be in \[0, 1\) but got 1.0"),
         (lambda x, t: reach(x, t[:3]), r"`tangents` to be of shape \(20, 2, d\) but got \(3, 2, 1\)"),
         (lambda x, t: bottleneck(x, t, angle=1.5), r"`angle` to be in \(0, 1\) but got 1.5"),
@@ -178,7 +178,7 @@ def test_injectivity_is_what_the_charts_report():
         (lambda x, t: covering_radius(x.long(), x), "`points` to be float points of shape"),
         (lambda x, t: covering_radius(x * math.nan, x), "`points` to be finite but got 40 that are not"),
         (lambda x, t: nearest_neighbors(x, 20), "`k` to be less than the 20 points but got 20"),
-        (lambda x, t: nearest_neighbors(x, 0), "`k` to be an integer >= 1 but got 0"),
+        (lambda x, t: nearest_neighbors(x, 0), "`k` to be at least 1 but got 0"),
         (
             lambda x, t: injectivity(x[:, :1], TangentCharts(x[:1], t[:1], 0.5, 0.3)),
             r"`points` to be of shape \(N, 2\)",

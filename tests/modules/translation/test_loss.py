@@ -153,7 +153,7 @@ def test_bfloat16_weights_keep_their_type_and_sum_in_float32():
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "`labels` to have shape .2,., .* but got .3,."),
         ({"label_smoothing": 1.0}, "`label_smoothing` to be in .0, 1. but got 1.0"),
         ({"label_smoothing": -0.1}, "`label_smoothing` to be in .0, 1. but got -0.1"),
-        ({"block": 0}, "`block` to be at least 1 or None but got 0"),
+        ({"block": 0}, "`block` to be at least 1 but got 0"),
     ],
 )
 def test_bad_arguments(change, message):
