@@ -137,7 +137,7 @@ class CNNGenerator(_Network):
     ) -> None:
         super().__init__(image_size, in_channels, width, num_classes)
         check_least(1, latent_size=latent_size)
-        self.latent_size = latent_size
+        self.latent_size, self.norm = latent_size, norm
         widths = [max(1, width // 2**i) for i in range(4)]
         self.stem = nn.Linear(latent_size, widths[0] * self.bottom**2)
         self.norms = nn.ModuleList(
@@ -154,9 +154,15 @@ class CNNGenerator(_Network):
         """Images (B, C, H, W) in [-1, 1] of latents (B, L) and, for conditional networks, labels (B,).
 
         Raises:
-            ValueError: for latents of another size, and for labels that are missing, not wanted or of another number.
+            ValueError: for latents of another size, a single one in training with batch normalisation, and for labels
+                that are missing, not wanted or of another number.
         """
         self._check("latents", latents, (self.latent_size,), labels)
+        if self.training and len(latents) == 1 and self.norm == "batch":
+            raise ValueError(
+                "Expected argument `latents` to hold two latent vectors at least, in training with batch normalisation "
+                "of each position, but got 1: take a larger `batch_size` or `norm` 'group'."
+            )
         x = self.stem(latents).unflatten(1, (-1, self.bottom, self.bottom))
         x = torch.relu(self.norms[0](x, labels))
         for up, norm in zip(self.ups, self.norms[1:], strict=True):

@@ -305,6 +305,15 @@ def test_discriminators_start_from_glorots_law(make):
 # -- export, errors ----------------------------------------------------------------------------------------------------
 
 
+def test_one_latent_vector_in_training_is_refused_where_its_statistics_would_be_its_own():
+    latents = torch.zeros(1, 8)
+    with pytest.raises(ValueError, match="Expected argument `latents` to hold two latent vectors at least.* but got 1"):
+        CNNGenerator(width=8, latent_size=8)(latents)
+    for generator in (CNNGenerator(width=8, latent_size=8).eval(), CNNGenerator(width=8, latent_size=8, norm="group")):
+        assert generator(latents).shape == (1, 3, 32, 32)
+    assert ResNetGenerator(width=8, latent_size=8)(latents).shape == (1, 3, 32, 32)  # norms over the whole map
+
+
 @pytest.mark.parametrize("num_classes", [None, 3])
 @pytest.mark.parametrize("make", GENERATORS)
 def test_generators_export_with_any_batch(make, num_classes):
