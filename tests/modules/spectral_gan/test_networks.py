@@ -307,7 +307,9 @@ def test_discriminators_start_from_glorots_law(make):
 
 def test_one_latent_vector_in_training_is_refused_where_its_statistics_would_be_its_own():
     latents = torch.zeros(1, 8)
-    with pytest.raises(ValueError, match="Expected argument `latents` to hold two latent vectors at least.* but got 1"):
+    with pytest.raises(
+        ValueError, match=r"Expected argument `latents` to hold two latent vectors at least.* but got 1"
+    ):
         CNNGenerator(width=8, latent_size=8)(latents)
     for generator in (CNNGenerator(width=8, latent_size=8).eval(), CNNGenerator(width=8, latent_size=8, norm="group")):
         assert generator(latents).shape == (1, 3, 32, 32)
