@@ -1,14 +1,37 @@
 """Many runs of one study: each leaves a file, and what has left one is not run again."""
 
+import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
+from timing import ROOT, parser
+
 Row = dict[str, Any]
 Cell = TypeVar("Cell")
+
+
+def study_parser(
+    description: str | None, name: str, seeds: Sequence[int] | None = None, jobs: int | None = 2
+) -> argparse.ArgumentParser:
+    """The arguments of every benchmark, and those of many runs: ``--seeds``, ``--jobs`` and ``--work``.
+
+    Args:
+        description: of the study.
+        name: its result's.
+        seeds: the default; None for a study that has none.
+        jobs: the default; None for a study that runs one after another.
+    """
+    built = parser(description, name)
+    if seeds is not None:
+        built.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
+    if jobs is not None:
+        built.add_argument("--jobs", type=int, default=jobs, help="processes, one thread each")
+    built.add_argument("--work", type=Path, default=ROOT / "runs" / name, help="folder of the single runs")
+    return built
 
 
 def keep(path: Path, known: Mapping[str, Any], row: Row) -> Row:
@@ -25,10 +48,18 @@ def keep(path: Path, known: Mapping[str, Any], row: Row) -> Row:
     return row
 
 
+def kept(path: Path, known: Mapping[str, Any]) -> Row | None:
+    """The row that an earlier call kept with the same settings, if there is one."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found["row"] if found.get("known") == known else None
+
+
 def split(
     cells: Iterable[Cell], look: Callable[[Cell], tuple[Path, Mapping[str, Any]]]
 ) -> tuple[list[tuple[Cell, Row]], list[Cell]]:
     """The cells that an earlier call has run with the same settings, with their rows; and those that are left.
+
+    Prints how many these are.
 
     Args:
         cells: descriptions of single runs.
@@ -36,12 +67,12 @@ def split(
     """
     done, todo = [], []
     for cell in cells:
-        path, known = look(cell)
-        found = json.loads(path.read_text()) if path.exists() else {}
-        if found.get("known") == known:
-            done.append((cell, found["row"]))
-        else:
+        row = kept(*look(cell))
+        if row is None:
             todo.append(cell)
+        else:
+            done.append((cell, row))
+    print(f"{len(todo)} of {len(done) + len(todo)} runs to do", flush=True)
     return done, todo
 
 

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from image_batches import Batches
-from single_runs import keep, run_all, split
-from timing import ROOT, data_folder, environment, output_path, parser, write_result
+from single_runs import keep, run_all, split, study_parser
+from timing import data_folder, environment, output_path, write_result
 
 from lightning_rectify._lightning import Callback, Trainer, seed_everything
 from lightning_rectify.callbacks.robustness import RobustReport, robust_report
@@ -356,15 +356,12 @@ def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    arguments = parser(__doc__, NAME)
+    arguments = study_parser(__doc__, NAME, seeds=[0, 1])
     arguments.add_argument("--data", help="folder that holds fashion-mnist/FashionMNIST/raw")
     arguments.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     arguments.add_argument("--epsilons", nargs="+", type=float, default=[0.1, 0.2])
-    arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     arguments.add_argument("--epochs", type=int, default=Study.epochs)
     arguments.add_argument("--queries", type=int, default=Study.queries, help="of the Square attack")
-    arguments.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
-    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
 
@@ -387,7 +384,6 @@ def main() -> None:
     path = output_path(NAME, args.out, args.quick)
     done, todo = split(cells, lambda cell: (cell.path(work), study.plain()))
     rows, jobs = [row for _, row in done], 1 if args.quick else args.jobs
-    print(f"{len(todo)} of {len(cells)} runs to do, {study.epochs} epochs each, {jobs} at a time", flush=True)
     wanted = [(m, e) for e in sorted({cell.epsilon for cell in todo}) for m in ("standard", PGD)]
     for _ in run_all(partial(make_source, study=study, work=work), wanted, jobs):
         pass

@@ -34,8 +34,8 @@ import l2l
 from image_batches import Batches
 from l2l import METHODS, Epochs, Study, quiet, row_of, warm_up_and_cosine
 from l2l_cost import Stopwatch
-from single_runs import keep, split
-from timing import ROOT, data_folder, environment, interleave, output_path, parser, write_result
+from single_runs import keep, kept, study_parser
+from timing import data_folder, environment, interleave, output_path, write_result
 
 from lightning_rectify._lightning import Trainer, seed_everything
 from lightning_rectify.callbacks.robustness import robust_report
@@ -282,18 +282,16 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    arguments = parser(__doc__, NAME)
+    arguments = study_parser(__doc__, NAME, seeds=[0], jobs=None)
     arguments.add_argument("--data", help="folder that holds fashion-mnist/FashionMNIST/raw and cifar10/imagefolder")
     arguments.add_argument("--datasets", nargs="+", choices=list(DATASETS)[:2], default=list(DATASETS)[:2])
     arguments.add_argument("--methods", nargs="+", choices=COMPARED, default=list(COMPARED))
     arguments.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
-    arguments.add_argument("--seeds", nargs="+", type=int, default=[0])
     arguments.add_argument(
         "--epochs", nargs="+", type=int, help="of PGD-10; one number, or one a data set (default 10)"
     )
     arguments.add_argument("--images", nargs="+", type=int, help="to train on, the same way (default: all)")
     arguments.add_argument("--finished", action="store_true", help="run nothing: write what has been run")
-    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
 
@@ -314,9 +312,8 @@ def main() -> None:
         seconds[name] = measure(study, data, work, **({"steps": 1, "rounds": 1} if args.quick else {}))
         for cell in cells_of(name, args):
             own = stretched(study, cell.method, cell.budget, seconds[name])
-            found, _ = split([cell], partial(look, study=own, work=work))
-            if found:
-                rows.append(found[0][1])
+            if row := kept(*look(cell, own, work)):
+                rows.append(row)
             elif not args.finished:
                 rows.append(keep(*look(cell, own, work), run(cell, own, data, work)))
                 print(describe(rows[-1]), flush=True)

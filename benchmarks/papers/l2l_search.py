@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from l2l import FOLDERS, Study
 from l2l_candidates import CANDIDATES, PGD, TWO_STEP
 from l2l_search_runs import Cell, Search, on_test, prepare, run
-from single_runs import keep, split
-from timing import ROOT, data_folder, environment, output_path, parser, write_result
+from single_runs import keep, kept, study_parser
+from timing import data_folder, environment, output_path, write_result
 
 NAME = "l2l_search"
 HALF = 0.5
@@ -52,10 +52,8 @@ class Finished:
         path = cell.path(self.work)
         path = path.with_stem(f"{path.stem}_test") if test else path
         known = self.search.plain(test)
-        done, _ = split([cell], lambda _: (path, known))
-        if done:
-            row = done[0][1]
-        else:
+        row = kept(path, known)
+        if row is None:
             row = keep(path, known, (on_test if test else run)(cell, self.search, self.work))
             print(describe(row), flush=True)
         rows = self.test if test else self.rows
@@ -160,16 +158,14 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    arguments = parser(__doc__, NAME)
+    arguments = study_parser(__doc__, NAME, seeds=[0, 1], jobs=None)
     arguments.add_argument("--data", help="folder that holds fashion-mnist/FashionMNIST/raw")
     arguments.add_argument("--candidates", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES))
-    arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     arguments.add_argument("--epochs", type=int, default=Study.epochs)
     arguments.add_argument("--val-images", type=int, default=Search.val_images)
     arguments.add_argument("--test-images", type=int, default=Search.test_images, help="of 10,000")
     arguments.add_argument("--keep", type=int, default=Search.keep, help="of each kind, for the second stage")
     arguments.add_argument("--stages", type=int, choices=(1, 2, 3), default=3, help="stop after the first or second")
-    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
 

@@ -31,8 +31,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ablation import OPTIMIZERS, csv_logger, draw_points, read_points
-from single_runs import keep, run_all, split
-from timing import ROOT, data_folder, environment, output_path, parser, write_result
+from single_runs import keep, run_all, split, study_parser
+from timing import data_folder, environment, output_path, write_result
 
 from lightning_rectify import AdaptiveRateMonitor
 from lightning_rectify._lightning import Callback, ModelCheckpoint, Trainer, seed_everything
@@ -227,16 +227,13 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    arguments = parser(__doc__, NAME)
+    arguments = study_parser(__doc__, NAME, seeds=[1, 2, 3])
     arguments.add_argument("--data", help="folder that holds masc-lm")
     arguments.add_argument("--dataset", choices=[*FOLDERS, "grammar"], default="masc-lm")
-    arguments.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     arguments.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(COMPARED))
     arguments.add_argument("--lr", nargs="+", type=float, default=[2e-3])
     arguments.add_argument("--epochs", type=int, default=12)
     arguments.add_argument("--hidden", type=int, default=200, help="features of words and layers")
-    arguments.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
-    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
 
@@ -255,7 +252,6 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     done, todo = split(cells, lambda cell: (work / f"{setting.dataset}_{cell.name}.json", setting.plain()))
     rows = [row for _, row in done]
-    print(f"{len(todo)} of {len(cells)} runs to do, {args.jobs} at a time", flush=True)
     data = setting.data(1)
     bars = counts(data)
     for bar in bars:

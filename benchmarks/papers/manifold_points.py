@@ -42,8 +42,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from single_runs import keep, run_all, split
-from timing import ROOT, environment, output_path, parser, write_result
+from single_runs import keep, run_all, split, study_parser
+from timing import environment, output_path, write_result
 
 from lightning_rectify._lightning import Trainer, seed_everything
 from lightning_rectify.data.manifolds import ManifoldData
@@ -247,12 +247,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def parse() -> argparse.Namespace:
-    arguments = parser(__doc__, NAME)
+    arguments = study_parser(__doc__, NAME, seeds=SEEDS)
     arguments.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     arguments.add_argument("--sizes", nargs="+", type=int, default=[2000, 50_000], help="training points")
-    arguments.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    arguments.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
-    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
 
@@ -268,7 +265,6 @@ def main() -> None:
     torch.set_num_threads(1)  # before a fork: no pool of threads is lost
     done, todo = split(chosen, lambda case: (work / case.file, asdict(case)))
     rows = [row for _, row in done]
-    print(f"{len(todo)} of {len(chosen)} runs to do, {jobs} at a time", flush=True)
     settings = {
         "seeds": sorted({case.seed for case in chosen}),
         "validation": 1000,

@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from manifold_figure import plot
 from manifold_rivals import RATES, ambient, kernel_ridge, mlp, nearest
 from manifold_targets import TEST, Target, target
-from single_runs import keep, run_all, split
-from timing import ROOT, environment, output_path, parser, write_result
+from single_runs import keep, run_all, split, study_parser
+from timing import environment, output_path, write_result
 
 from lightning_rectify.modules.manifold import ChartNet
 
@@ -247,11 +247,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def parse() -> argparse.Namespace:
-    arguments = parser(__doc__, NAME)
+    arguments = study_parser(__doc__, NAME)
     arguments.add_argument("--manifolds", nargs="+", choices=MANIFOLDS, default=list(MANIFOLDS))
     arguments.add_argument("--dims", nargs="+", type=int, default=list(DIMS), help="D; the curve takes 4 for 3")
-    arguments.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
-    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
 
@@ -264,7 +262,6 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     finished, todo = split(chosen, lambda case: (work / case.file, asdict(case)))
     rows = dict(finished)
-    print(f"{len(todo)} of {len(chosen)} runs to do, {args.jobs} at a time", flush=True)
     settings = {"test_points": TEST, "seeds": list(SEEDS), "steps": STEPS, "batch_size": 256}
 
     def write() -> None:

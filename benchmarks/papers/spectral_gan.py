@@ -29,8 +29,8 @@ from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from image_batches import Batches
-from single_runs import keep, run_all, split
-from timing import ROOT, data_folder, environment, output_path, parser, write_result
+from single_runs import keep, run_all, split, study_parser
+from timing import data_folder, environment, output_path, write_result
 
 from lightning_rectify import ImageClassifier, ImageData, SpectralGAN
 from lightning_rectify._lightning import Trainer, seed_everything
@@ -275,17 +275,14 @@ def plot(table: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: 
 
 
 def parse() -> argparse.Namespace:
-    arguments = parser(__doc__, NAME)
+    arguments = study_parser(__doc__, NAME, seeds=SEEDS)
     arguments.add_argument("--data", help="folder that holds fashion-mnist/FashionMNIST/raw and cifar10/imagefolder")
     arguments.add_argument("--datasets", nargs="+", choices=list(FOLDERS), default=list(FOLDERS))
     arguments.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     arguments.add_argument("--controls", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
-    arguments.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     arguments.add_argument("--steps", type=int, default=1000)
     arguments.add_argument("--lr", type=float, default=Study.lr)
     arguments.add_argument("--judged-on", choices=["test", "val"], default="test")
-    arguments.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
-    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
 
@@ -306,7 +303,6 @@ def main() -> None:
     grid = [Cell(*cell) for cell in ((d, w, c, s) for s in seeds for w in widths for d in datasets for c in controls)]
     done, todo = split(grid, lambda cell: (cell.path(work), asdict(study)))
     rows = [row for _, row in done]
-    print(f"{len(todo)} of {len(grid)} runs to do, {study.steps} steps each, {args.jobs} at a time", flush=True)
     for _, row, left in run_all(partial(run, study=study, work=work), todo, 1 if args.quick else args.jobs):
         rows.append(row)
         print(f"{describe(row)}  {left}", flush=True)

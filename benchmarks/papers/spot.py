@@ -28,8 +28,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from single_runs import keep, run_all, split
-from timing import ROOT, output_path, parser, write_result
+from single_runs import keep, run_all, split, study_parser
+from timing import output_path, write_result
 
 from lightning_rectify._lightning import Trainer, seed_everything
 from lightning_rectify.data.transport import TransportData, draw
@@ -255,12 +255,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def parse() -> argparse.Namespace:
-    arguments = parser(__doc__, NAME)
+    arguments = study_parser(__doc__, NAME, seeds=SEEDS)
     groups = list(dict.fromkeys(case.group for case in cases()))
     arguments.add_argument("--rows", nargs="+", choices=groups, default=groups)
-    arguments.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    arguments.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
-    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
 
@@ -279,7 +276,6 @@ def main() -> None:
     every = [(case, seed) for seed in seeds for case in chosen]  # seed by seed: a study cut short has all lines
     done, todo = split(every, lambda each: (path_of(each, work), asdict(each[0])))
     rows = [row for _, row in done]
-    print(f"{len(todo)} of {len(rows) + len(todo)} runs to do, {jobs} at a time", flush=True)
     settings = {"seeds": seeds, "rows": args.rows, "pairs": 20_000}
     if rows:
         write_result(path, NAME, settings, rows, table=summarize(rows))

@@ -33,8 +33,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from single_runs import keep, run_all, split
-from timing import ROOT, data_folder, environment, output_path, parser, write_result
+from single_runs import keep, run_all, split, study_parser
+from timing import data_folder, environment, output_path, write_result
 
 from lightning_rectify._lightning import Trainer, seed_everything
 from lightning_rectify.data.domains import DomainPairs
@@ -205,17 +205,14 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def parse() -> argparse.Namespace:
-    arguments = parser(__doc__, NAME)
+    arguments = study_parser(__doc__, NAME, seeds=[0, 1, 2])
     arguments.add_argument("--data", help="folder that holds mnist/MNIST/raw and usps/usps.bz2")
     arguments.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     arguments.add_argument("--directions", nargs="+", choices=list(BARS), default=list(BARS))
     arguments.add_argument("--frames", nargs="+", choices=["paper", "one"], default=["paper", "one"])
-    arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments.add_argument("--image-size", type=int, default=Study.image_size)
     arguments.add_argument("--rounds", type=int, default=Study.rounds)
     arguments.add_argument("--joint-rounds", type=int, default=Study.joint_rounds)
-    arguments.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
-    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
 
@@ -240,7 +237,6 @@ def main() -> None:
         folder, work, jobs = str(Path(data_folder(args.data, ("mnist",))).parent), args.work, args.jobs
     done, todo = split(cells, lambda cell: (cell.path(work), asdict(study)))
     rows = [row for _, row in done]
-    print(f"{len(todo)} of {len(cells)} runs to do, {jobs} at a time", flush=True)
     for _, row, left in run_all(partial(run, study=study, folder=folder, work=work), todo, jobs):
         rows.append(row)
         words = f"{row['direction']}, {row['frame']} frame, {row['method']}, seed {row['seed']}"

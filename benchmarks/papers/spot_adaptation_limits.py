@@ -30,9 +30,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from single_runs import keep, run_all, split
+from single_runs import keep, run_all, split, study_parser
 from spot_adaptation import BARS, Cell, Study, make_data, make_module, quiet
-from timing import ROOT, data_folder, environment, output_path, parser, write_result
+from timing import data_folder, environment, output_path, write_result
 
 from lightning_rectify._lightning import Trainer, seed_everything
 from lightning_rectify.data.domain_sources import read_domain
@@ -171,13 +171,10 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def parse() -> argparse.Namespace:
-    arguments = parser(__doc__, NAME)
+    arguments = study_parser(__doc__, NAME, seeds=[0, 1])
     arguments.add_argument("--data", help="folder that holds mnist/MNIST/raw and usps/usps.bz2")
     arguments.add_argument("--directions", nargs="+", choices=list(BARS), default=list(BARS))
     arguments.add_argument("--changes", nargs="+", choices=list(CHANGES), default=list(CHANGES))
-    arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    arguments.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
-    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
 
@@ -195,7 +192,6 @@ def main() -> None:
     every = [Run(direction, change, seed) for seed in seeds for change in changes for direction in directions]
     done, todo = split(every, lambda run: (work / run.file, asdict(study)))
     rows = [row for _, row in done]
-    print(f"{len(todo)} of {len(every)} runs to do, {jobs} at a time", flush=True)
     settings = {"seeds": seeds, **asdict(study)}
     found = {**environment(), "threads": 1}
     if not todo:

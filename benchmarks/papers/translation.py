@@ -28,8 +28,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ablation import OPTIMIZERS, csv_logger, draw_points, read_points
-from single_runs import keep, run_all, split
-from timing import ROOT, data_folder, environment, output_path, parser, write_result
+from single_runs import keep, run_all, split, study_parser
+from timing import data_folder, environment, output_path, write_result
 
 from lightning_rectify import AdaptiveRateMonitor, TranslationData, Translator
 from lightning_rectify._lightning import Callback, Trainer, seed_everything
@@ -258,15 +258,12 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    arguments = parser(__doc__, NAME)
+    arguments = study_parser(__doc__, NAME, seeds=[1, 2, 3])
     arguments.add_argument("--data", help="folder that holds multi30k or libreoffice-help-de-en")
     arguments.add_argument("--dataset", choices=list(FOLDERS), default="multi30k")
     arguments.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    arguments.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     arguments.add_argument("--precision", default="bf16-mixed", help="of paper and paper_512; others: 32-true")
-    arguments.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     arguments.add_argument("--finished", action="store_true", help="run nothing, write what has been run")
-    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
 
@@ -286,7 +283,6 @@ def main() -> None:
     rows = [row for _, row in done]
     if args.finished:
         cells, todo = [cell for cell, _ in done], []
-    print(f"{len(todo)} of {len(cells)} runs to do, {args.jobs} at a time", flush=True)
     job = partial(run, dataset=dataset, root=root, work=work, batch_tokens=batch_tokens)
     for cell, row, left in run_all(job, todo, 1 if args.quick else args.jobs):
         rows.append(row)

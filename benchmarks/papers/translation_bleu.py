@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from timing import ROOT, data_folder, environment, output_path, parser, write_result
+from single_runs import study_parser
+from timing import data_folder, environment, output_path, write_result
 
 from lightning_rectify import RectifiedAdam, TranslationData, Translator
 from lightning_rectify._lightning import Callback, ModelCheckpoint, Trainer, seed_everything
@@ -149,16 +150,14 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def parse() -> argparse.Namespace:
-    arguments = parser(__doc__, NAME)
+    arguments = study_parser(__doc__, NAME, seeds=[1, 2, 3], jobs=None)
     arguments.add_argument("--data", help="folder that holds multi30k and libreoffice-help-de-en")
     arguments.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
-    arguments.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     arguments.add_argument("--updates", type=int, default=Recipe.updates)
     arguments.add_argument("--dropout", type=float, default=Recipe.dropout)
     arguments.add_argument("--vocabulary", type=int, default=Recipe.vocab_size)
     arguments.add_argument("--precision", default=Recipe.precision, help="32-true on a CPU without bf16 instructions")
     arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder of the single runs")
     return arguments.parse_args()
 
 
