@@ -6,11 +6,12 @@ environment variable ``RECTIFY_LIGHTNING`` (for the command line, where nothing 
 ``lightning`` if it is installed, else ``pytorch_lightning``. All that the package uses of Lightning comes through here.
 """
 
+import copy
 import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -143,8 +144,8 @@ def requeue_handler() -> Any:
     return handler if type(handler).__module__.endswith(".trainer.connectors.signal_connector") else None
 
 
-def mend_resume(trainer: Any) -> None:
-    """Keep two things that Lightning loses when it resumes; to be called when training starts, before the first batch.
+def mend_resume(trainer: Any) -> bool:
+    """Keep three things that Lightning loses when it resumes; call it when training starts, before the first batch.
 
     Where the loaders stand: Lightning sets it when it makes them. A module that asks for
     ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` has them made before the checkpoint's loops are
@@ -152,14 +153,61 @@ def mend_resume(trainer: Any) -> None:
 
     Which epoch it is: a run that goes on from a checkpoint of an epoch's last batch does not count the beginning of the
     next epoch (nor call ``on_train_epoch_start``), so that a checkpoint from the middle of that one repeats batches.
+
+    What schedules wait for: at the end of the epoch under way Lightning leaves out those that read a metric, though
+    that epoch has a validation still before it.
+
+    Returns:
+        Whether there is something to :func:`make_up` for, once the random state is back.
     """
     loop = trainer.fit_loop
     if getattr(loop, "_combined_loader_states_to_load", None) and loop._data_fetcher is not None:
         loop._load_combined_loader_states()
         iter(loop._data_fetcher)  # the iterators made before know nothing of it
+    if not getattr(loop, "restarted_mid_epoch", False):
+        return False
     epochs = loop.epoch_progress.current
-    if getattr(loop, "restarted_mid_epoch", False) and epochs.processed >= epochs.ready:
+    if epochs.processed >= epochs.ready:
         loop.reset_restart_stage()
+    elif loop.epoch_loop._should_check_val_epoch():
+        loop._restarting = False
+    return bool(loop.epoch_loop.restarted_on_train_batch_end)
+
+
+def make_up(trainer: Any) -> None:
+    """Do what Lightning leaves out of a run that goes on from a checkpoint of ``on_train_batch_end``.
+
+    In the run that made it a validation may have been due after that batch, and after an epoch's last batch came
+    ``on_train_epoch_end``; early stopping, the best checkpoint and schedules that wait for a metric hang on them. The
+    loops are put where they were in that run, and afterwards where Lightning expects them.
+    """
+    loop, steps = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    validation, ended = steps.val_loop, loop.epoch_progress.current.processed >= loop.epoch_progress.current.ready
+    counted = [(steps.batch_progress, "completed", 1)]
+    if ended:  # Lightning counts the epoch as over
+        counted += [(loop.epoch_progress, "processed", -1), (loop.epoch_progress, "completed", -1)]
+    _count(counted)
+    if steps._should_check_val_fx(loop._data_fetcher):
+        before = copy.deepcopy(validation.batch_progress.state_dict())
+        validation.restarting = False
+        trainer.validating = True
+        validation.run()
+        trainer.training = True
+        validation.batch_progress.load_state_dict(before)  # Lightning counts these batches where it goes on
+        loop._restarting = False  # else schedules would not wait for the metric, which is known now
+        steps.update_lr_schedulers("step", update_plateau_schedulers=True)
+    if ended:
+        stepped = int(not steps._should_accumulate())
+        steps._batches_that_stepped += stepped
+        loop.on_advance_end()  # counts the epoch
+        steps._batches_that_stepped -= stepped
+    _count([(steps.batch_progress, "completed", -1)])
+
+
+def _count(steps: Iterable[tuple[Any, str, int]]) -> None:
+    for progress, name, by in steps:
+        for counts in (progress.current, progress.total):
+            setattr(counts, name, getattr(counts, name) + by)
 
 
 __all__ = [
@@ -181,6 +229,7 @@ __all__ = [
     "Trainer",
     "allow_unused_parameters",
     "log_next",
+    "make_up",
     "mend_resume",
     "rank_zero_info",
     "rank_zero_only",

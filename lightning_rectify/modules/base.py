@@ -16,6 +16,7 @@ from lightning_rectify._lightning import (
     LRSchedulerCallable,
     OptimizerCallable,
     log_next,
+    make_up,
     mend_resume,
 )
 from lightning_rectify.arguments import check_types
@@ -212,8 +213,7 @@ class RectifiedModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Go on with this rank's random state and data; a rank that has no state saved draws a stream of its own."""
-        if self._trainer is not None:
-            mend_resume(self._trainer)
+        owed = self._trainer is not None and mend_resume(self._trainer)
         saved, self._random_state = self._random_state, None
         if self.global_rank > 0:
             # One seed serves all ranks, and all would drop the same features. Not seed + rank: that is rank 0 of the
@@ -225,6 +225,8 @@ class RectifiedModule(LightningModule):
                 continue
             # A copy: torch reads the state from where the storage begins, not the view (rank 1 would crash).
             self._set_random_state(name, states[self.global_rank].cpu().clone())
+        if owed:
+            make_up(self._trainer)
 
     def _random_states(self) -> dict[str, Tensor]:
         """This rank's random state, by the name of what draws from it."""

@@ -249,7 +249,7 @@ class MinimaxModule(RectifiedModule):
         if self.lr_scheduler_interval == "step":
             self._step_schedulers()
         elif self.trainer.is_last_batch:
-            # Not at the epoch's end: a run that goes on from a checkpoint of this batch does not come there again.
+            # As Lightning does: in a checkpoint of this batch they have moved.
             self._step_schedulers(plateau=False)
 
     def on_train_epoch_end(self) -> None:
@@ -341,6 +341,8 @@ class MinimaxModule(RectifiedModule):
             if isinstance(scheduler, ReduceLROnPlateau):
                 monitor = getattr(scheduler, "monitor", "val/loss")
                 value = self.trainer.callback_metrics.get(monitor)
+                if value is None and self.trainer.ckpt_path:
+                    continue  # a run that goes on knows the metrics of its own validations alone
                 if value is None:
                     raise ValueError(
                         f"Expected metric {monitor!r} of ReduceLROnPlateau to be logged by now but got only "
