@@ -19,6 +19,7 @@ from lightning_rectify._lightning import TorchCheckpointIO
 SUFFIX = ".ckpt"
 #: Key of a checkpoint whose weights are an average of several: the files they came from.
 AVERAGED_FROM = "lightning_rectify_averaged_from"
+_FOLDER = 0x10  # an attribute in zip's table of contents
 _ZIP, _OLD_PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch.save begin: today's, and those before torch 1.6
 
 
@@ -197,10 +198,13 @@ def what_is_wrong(path: str | Path) -> str | None:
         return "it is empty" if size == 0 else f"its {size:,} bytes do not begin as those of torch.save do"
     try:
         with zipfile.ZipFile(path) as archive:
+            folder = next((part.filename for part in archive.infolist() if part.external_attr & _FOLDER), None)
             part = archive.testzip()
     # what zipfile makes of changed headers
     except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, OSError, struct.error, zlib.error) as error:
         return f"its {size:,} bytes are not the whole of a file of torch.save ({error})"
+    if folder is not None:  # torch 2.6 reads nothing then: the tensor is what was in memory
+        return f"its part {folder!r} is marked as a folder"
     return None if part is None else f"its part {part!r} does not agree with its checksum"
 
 

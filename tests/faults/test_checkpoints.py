@@ -177,6 +177,17 @@ def test_no_changed_byte_changes_what_is_loaded(tmp_path):
     assert refused > 200
 
 
+def test_a_part_that_is_marked_as_a_folder_is_refused(tmp_path):
+    """torch 2.6 then gives a tensor of whatever was in memory, without a word."""
+    path = tmp_path / "last.ckpt"
+    torch.save({"numbers": torch.arange(300.0)}, path)
+    table = path.read_bytes().index(b"PK\x01\x02")
+    part = path.read_bytes().index(b"last/data/0", table)  # 46 bytes into its entry, whose attributes are at 38
+    flip(path, part - 8)
+    with pytest.raises(BrokenCheckpointError, match="its part 'last/data/0' is marked as a folder"):
+        require_whole(path)
+
+
 def test_files_of_old_torch_are_not_refused(tmp_path):
     path = tmp_path / "old.ckpt"
     torch.save(SAVED, path, _use_new_zipfile_serialization=False)
