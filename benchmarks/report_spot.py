@@ -22,6 +22,7 @@ def plans(groups: Sequence[str]) -> Callable[[Result], Table]:
                 "" if line["eta"] is None else f"{line['eta']:.3g}",
                 _percent(line["huber_error"]),
                 f"{line['cpu_seconds']:.0f} s",
+                f"{line['peak_mib']:.0f} MiB",
             ]
             for line in result["table"]
             if line["group"] in groups
@@ -34,6 +35,7 @@ def plans(groups: Sequence[str]) -> Callable[[Result], Table]:
             "eta",
             "error that eta alone would make, %",
             "CPU",
+            "peak memory, torch included",
         ], rows
 
     return make
