@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from report_cost import TABLES as COST_TABLES
 from report_l2l import TABLES as L2L_TABLES
 from report_manifold import TABLES as MANIFOLD_TABLES
 from report_spot import TABLES as SPOT_TABLES
@@ -248,42 +249,6 @@ def language_model(result: Result) -> str:
     )
 
 
-def probe_cost(result: Result) -> str:
-    by_kind = {kind: [row for row in result["rows"] if row["kind"] == kind] for kind in ("bare", "probe")}
-    names = {"bare": "bare gradients", "probe": "WarmupProbe"}
-    return table(
-        ["ResNet-20, 1,600 gradients", "CPU time", "× bare", "peak of memory"],
-        (
-            [
-                names[kind],
-                f"{min(row['seconds'] for row in rows):.0f} s",
-                f"{result['ratio']:.3f}" if kind == "probe" else "1",
-                f"{max(row['peak_mb'] for row in rows):.0f} MB",
-            ]
-            for kind, rows in by_kind.items()
-        ),
-    )
-
-
-def lightning_cost(result: Result) -> str:
-    by_task: dict[str, dict[str, Result]] = {}
-    for row in result["rows"]:
-        by_task.setdefault(row["task"], {})[row["kind"]] = row
-
-    def cells(rows: dict[str, Result]) -> list[str]:
-        first = next(iter(rows.values()))
-        found = [str(first["players"]), f"{first['bare_cpu_ms']:.1f} ms"]
-        for kind in kinds:
-            row = rows.get(kind)
-            found.append("" if row is None else "{:.3f} ({:.3f} to {:.3f})".format(
-                row["cpu_ratio"], *row["cpu_ratio_quartiles"]))  # fmt: skip
-        return found
-
-    kinds = list(dict.fromkeys(row["kind"] for row in result["rows"]))
-    header = ["configuration", "players", "step, plain torch", *(f"{kind}, × plain" for kind in kinds)]
-    return table(header, ([task, *cells(rows)] for task, rows in by_task.items()))
-
-
 def translation_bleu(result: Result) -> str:
     def cell(values: Sequence[float], digits: int = 1) -> str:
         return "{0:.{3}f} ({1:.{3}f} to {2:.{3}f})".format(*values, digits)
@@ -374,26 +339,7 @@ def faults(result: Result) -> str:
     return f"{modules}\n\n{writers}"
 
 
-def scaling_efficiency(result: Result) -> str:
-    def percent(values: Sequence[float]) -> str:
-        return "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * value for value in values))
-
-    return table(
-        ["training", "one process", "two, `ddp`", "efficiency", "two apart, efficiency", "`ddp` of two apart"],
-        (
-            [
-                f"{row['task']}, {row['unit']} a second",
-                f"{row['one_per_second']:.0f}",
-                f"{row['two_ddp_per_second']:.0f}",
-                *(percent(row[key]) for key in ("two_ddp_efficiency", "two_apart_efficiency", "ddp_of_apart")),
-            ]
-            for row in result["rows"]
-        ),
-    )
-
-
 RENDERERS: dict[str, Callable[[Result], str]] = {
-    "scaling_efficiency": scaling_efficiency,
     "optimizer_step": optimizer_step,
     "monitor_cost": monitor_cost,
     "lr_sensitivity": lr_sensitivity,
@@ -403,8 +349,6 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "spectral_cost": spectral_cost,
     "lr_by_warmup": lr_sensitivity,
     "language_model": language_model,
-    "probe_cost": probe_cost,
-    "lightning_cost": lightning_cost,
     "faults": faults,
     "translation_warmup": translation_warmup,
     "translation_warmup.paper": translation_warmup_paper,
@@ -420,7 +364,7 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "spectral_gan.cifar10_fd": spectral_gan("cifar10", "fd", 1),
     **{
         name: (lambda result, make=make: table(*make(result)))
-        for name, make in {**L2L_TABLES, **MANIFOLD_TABLES, **SPOT_TABLES}.items()
+        for name, make in {**COST_TABLES, **L2L_TABLES, **MANIFOLD_TABLES, **SPOT_TABLES}.items()
     },
 }
 
