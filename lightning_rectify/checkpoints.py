@@ -40,8 +40,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     where the file may not be written, Lightning's own says nothing and goes on.
 
     A file that is read is held against its checksums first, so that a damaged one is named, and none is used whose
-    numbers have changed (``torch.load`` does not look at them). Whether the types inside are safe is still decided by
-    ``weights_only``.
+    numbers have changed (``torch.load`` does not look at them). Types that could run code are refused unless
+    ``weights_only`` is False; Lightning's own reader before 2.6 loads them.
 
     The command line uses it always. In Python, and in YAML for another command line::
 
@@ -77,17 +77,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "`default_root_dir` of the Trainer",
             ) from error
 
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read it, after :func:`require_whole`; arguments are Lightning's.
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any = lambda storage, place: storage,
+        weights_only: bool | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Read it, after :func:`require_whole`; arguments are Lightning's (before 2.6 it had no ``weights_only``).
 
         Raises:
             BrokenCheckpointError: if the file is damaged, or holds no dict.
             FileNotFoundError: if it is not there.
             UntrustedCheckpointError: if it could run code, unless ``weights_only`` is False.
         """
+        if not _is_local(path):
+            given = {} if weights_only is None else {"weights_only": weights_only}
+            return super().load_checkpoint(path, map_location, **given, **options)
         require_whole(path)
         with _refusing_code(path):
-            saved = super().load_checkpoint(path, *args, **kwargs)
+            saved = torch.load(path, map_location=map_location, weights_only=weights_only is not False)
         require_lightning(saved, path, keys=())  # Fabric's checkpoints have others
         return saved
 
