@@ -94,6 +94,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not _is_local(path):
             given = {} if weights_only is None else {"weights_only": weights_only}
             return super().load_checkpoint(path, map_location, **given, **options)
+        if not Path(path).exists():
+            raise FileNotFoundError(f"Checkpoint file not found: {path}")  # as Lightning says it
         require_whole(path)
         with _refusing_code(path):
             saved = torch.load(path, map_location=map_location, weights_only=weights_only is not False)
