@@ -8,6 +8,7 @@ environment variable ``RECTIFY_LIGHTNING`` (for the command line, where nothing 
 
 import copy
 import importlib.util
+import math
 import os
 import signal
 import sys
@@ -169,9 +170,19 @@ def mend_resume(trainer: Any) -> bool:
     epochs = loop.epoch_progress.current
     if epochs.processed >= epochs.ready:
         loop.reset_restart_stage()
-    elif loop.epoch_loop._should_check_val_epoch():
+    elif _validates_again(trainer):
         loop._restarting = False
     return bool(loop.epoch_loop.restarted_on_train_batch_end)
+
+
+def _validates_again(trainer: Any) -> bool:
+    """Whether the epoch under way surely has a validation before it, counted by its own batches."""
+    steps, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+    if trainer.check_val_every_n_epoch is None or every is None or not steps._should_check_val_epoch():
+        return False
+    batches = trainer.num_training_batches
+    # without a length there is one validation, behind the last batch
+    return every == math.inf or bool(batches // every > steps.batch_progress.current.ready // every)
 
 
 def make_up(trainer: Any) -> None:

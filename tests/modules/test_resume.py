@@ -135,6 +135,28 @@ def test_a_checkpoint_that_the_validation_made_needs_nothing_made_up(tmp_path):
     ]
 
 
+def test_an_epoch_without_a_validation_before_it_waits_for_no_metric(tmp_path):
+    """Validation after three of four batches made the checkpoint: the metric is not known when the epoch ends."""
+
+    class Strict(Alone):
+        def configure_optimizers(self):
+            found = super().configure_optimizers()
+            return {**found, "lr_scheduler": {**found["lr_scheduler"], "strict": True}}
+
+    best = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1, save_on_train_epoch_end=False)
+    options = {"val_check_interval": 3, "enable_checkpointing": True}
+    run(Strict, tmp_path, callbacks=[Remembers(), best], **options)
+    path = next(path for path in best.best_k_models if f"step={BATCHES + 3}" in path)
+    resumed = run(Strict, tmp_path / "b", ckpt_path=path, val_check_interval=3)
+    assert [told[0] for told in resumed.lightning_module.told] == [
+        "epoch",
+        "validation",
+        "epoch",
+        "validation",
+        "epoch",
+    ]
+
+
 def test_what_is_made_up_is_logged_where_it_was(tmp_path):
     options = {"every": BATCHES, "log_every_n_steps": 1}
     whole = CSVLogger(tmp_path / "whole")
