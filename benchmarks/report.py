@@ -254,11 +254,12 @@ def translation_bleu(result: Result) -> str:
         return "{0:.{3}f} ({1:.{3}f} to {2:.{3}f})".format(*values, digits)
 
     return table(
-        ["pair", "runs", "BLEU, test", "chrF, test", "length penalty", "training"],
+        ["pair", "precision", "seeds", "BLEU, test", "chrF, test", "length penalty", "training"],
         (
             [
                 row["pair"],
-                str(row["runs"]),
+                row["precision"],
+                ", ".join(str(seed) for seed in row["seeds"]),
                 cell(row["test_bleu"], 2),
                 cell(row["test_chrf"], 2),
                 cell(row["length_penalty"]),

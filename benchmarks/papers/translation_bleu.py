@@ -5,7 +5,7 @@ validation part, and translates the test part once: sacreBLEU on cased, detokeni
 
     python benchmarks/papers/translation_bleu.py --data FOLDER [--seeds 1 2 3] [--updates 3300] [--pairs multi30k.de-en]
 
-Each run leaves a file below ``--work``, so that an interrupted study goes on.
+Each run leaves a file below ``--work``, so that an interrupted study goes on; ``--finished`` writes what there is.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from single_runs import study_parser
-from timing import data_folder, environment, output_path, write_result
+from timing import cpu_model, data_folder, environment, output_path, write_result
 
 from lightning_rectify import RectifiedAdam, TranslationData, Translator
 from lightning_rectify._lightning import Callback, ModelCheckpoint, Trainer, seed_everything
@@ -62,10 +63,22 @@ def open_data(dataset: str, root: str, source: str, recipe: Recipe, seed: int) -
 
 
 class Curve(Callback):
-    """What validation said, by update."""
+    """What validation said, by update, and the seconds of training, those before an interruption included."""
 
     def __init__(self) -> None:
         self.points: list[dict[str, float]] = []
+        self.earlier, self.begin = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + time.perf_counter() - self.begin
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"points": self.points, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.points, self.earlier = list(state_dict["points"]), state_dict["seconds"]
+        self.begin = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if not trainer.sanity_checking:
@@ -98,11 +111,11 @@ def run(pair: str, seed: int, root: str, recipe: Recipe, folder: Path, threads: 
         gradient_clip_val=25, use_distributed_sampler=False, callbacks=[curve, keep], logger=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
-    begin = time.perf_counter()
     trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
-    seconds = time.perf_counter() - begin
+    seconds = curve.seconds
     trainer.save_checkpoint(folder / "final.ckpt")
-    row: dict[str, Any] = {"pair": pair, "seed": seed, "parameters": sum(p.numel() for p in module.parameters())}
+    row: dict[str, Any] = {"pair": pair, "seed": seed, "precision": recipe.precision, "cpu": cpu_model()}
+    row |= {"parameters": sum(p.numel() for p in module.parameters())}
     row |= {"train_seconds": round(seconds, 1), "validation": curve.points[-1:]}
     data.setup("fit")
     data.setup("test")
@@ -139,9 +152,9 @@ def raw(module: Translator, loader: Any) -> tuple[list[str], list[str]]:
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean over seeds, smallest and largest."""
     table = []
-    for pair in dict.fromkeys(row["pair"] for row in rows):
-        group = [row for row in rows if row["pair"] == pair]
-        line: dict[str, Any] = {"pair": pair, "runs": len(group)}
+    for pair, precision in dict.fromkeys((row["pair"], row["precision"]) for row in rows):
+        group = [row for row in rows if (row["pair"], row["precision"]) == (pair, precision)]
+        line: dict[str, Any] = {"pair": pair, "precision": precision, "seeds": [row["seed"] for row in group]}
         for name in ("test_bleu", "test_chrf", "val_bleu_greedy", "length_penalty", "train_seconds"):
             values = [row[name] for row in group]
             line[name] = [statistics.fmean(values), min(values), max(values)]
@@ -156,36 +169,47 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--updates", type=int, default=Recipe.updates)
     arguments.add_argument("--dropout", type=float, default=Recipe.dropout)
     arguments.add_argument("--vocabulary", type=int, default=Recipe.vocab_size)
-    arguments.add_argument("--precision", default=Recipe.precision, help="32-true on a CPU without bf16 instructions")
+    arguments.add_argument(
+        "--precision", nargs="+", default=[Recipe.precision], help="32-true on a CPU without fast bf16 instructions"
+    )
+    arguments.add_argument("--finished", action="store_true", help="run nothing, write what has been run")
     arguments.add_argument("--threads", type=int, default=2)
     return arguments.parse_args()
 
 
 def main() -> None:
     args = parse()
-    recipe = Recipe(
-        updates=args.updates, dropout=args.dropout, vocab_size=args.vocabulary, precision=args.precision
-    )  # fmt: skip
+    recipes = [
+        Recipe(updates=args.updates, dropout=args.dropout, vocab_size=args.vocabulary, precision=precision)
+        for precision in args.precision
+    ]
     pairs, seeds, work = args.pairs, args.seeds, args.work
     path = output_path(NAME, args.out, args.quick)
     if args.quick:
-        recipe = Recipe(updates=4, width=32, feedforward=32, layers=1, vocab_size=200, precision="32-true")
+        recipes = [Recipe(updates=4, width=32, feedforward=32, layers=1, vocab_size=200, precision="32-true")]
         pairs, seeds, work = ["numbers"], [1], path.parent / NAME
     rows = []
-    for seed in seeds:
-        for pair in pairs:
-            name = f"{pair}_{recipe.updates}_{recipe.dropout:g}_{recipe.vocab_size}_{recipe.precision}_s{seed}"
-            folder = work / name
-            result = folder / "result.json"
-            if not result.exists() or args.quick:
-                folder.mkdir(parents=True, exist_ok=True)
-                root = "" if args.quick else data_folder(args.data, FOLDERS[pair.partition(".")[0]])
-                result.write_text(json.dumps(run(pair, seed, root, recipe, folder, args.threads)))
-            rows.append(json.loads(result.read_text()))
-            row = rows[-1]
-            print(f"{name}: test BLEU {row['test_bleu']:.2f} at length penalty {row['length_penalty']}", flush=True)
+    for seed, pair, recipe in product(seeds, pairs, recipes):
+        name = f"{pair}_{recipe.updates}_{recipe.dropout:g}_{recipe.vocab_size}_{recipe.precision}_s{seed}"
+        folder = work / name
+        result = folder / "result.json"
+        if args.finished and not result.exists():
+            continue
+        if not result.exists() or args.quick:
+            folder.mkdir(parents=True, exist_ok=True)
+            root = "" if args.quick else data_folder(args.data, FOLDERS[pair.partition(".")[0]])
+            result.write_text(json.dumps(run(pair, seed, root, recipe, folder, args.threads)))
+        row = json.loads(result.read_text())
+        rows.append({"precision": recipe.precision, **row})
+        print(f"{name}: test BLEU {row['test_bleu']:.2f} at length penalty {row['length_penalty']}", flush=True)
     machine = {**environment(packages=("sentencepiece", "sacrebleu")), "threads": args.threads}
-    settings = {**asdict(recipe), "beam": 5, "optimizer": "RectifiedAdam, betas .9, .999; linear decay", "clip": 25}
+    settings = {
+        **asdict(recipes[0]),
+        "precision": [recipe.precision for recipe in recipes],
+        "beam": 5,
+        "optimizer": "RectifiedAdam, betas .9, .999; linear decay",
+        "clip": 25,
+    }
     write_result(path, NAME, settings, rows, table=summarize(rows), environment=machine)
 
 
