@@ -270,21 +270,50 @@ def translation_bleu(result: Result) -> str:
     )
 
 
-def translation_speed(result: Result) -> str:
-    def times(row: Result, peer: str) -> str:
-        found = row.get(f"times_{peer}")
-        return "" if found is None else f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+#: sides of translation_speed.py as the tables name them
+SIDES = {
+    "ours": "`Transformer`, fp32", "torch": "torch.nn.Transformer, fp32", "joeynmt": "JoeyNMT, fp32",
+    "ours_bf16": "`Transformer`, bf16", "torch_bf16": "torch.nn.Transformer, bf16",
+}  # fmt: skip
 
+
+def times(row: Result, peer: str) -> str:
+    """A ratio by rounds: median, and smallest and largest."""
+    found = row.get(f"times_{peer}")
+    return "" if found is None else f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+
+def translation_speed(result: Result) -> str:
     peers = ("joeynmt", "torch", "torch_bf16")
     return table(
         ["training", "target tokens/s", "× JoeyNMT", "× torch.nn.Transformer, fp32", "× the same, bf16"],
         (
-            [
-                row["side"],
-                f"{row['tokens_per_second']:.0f}",
-                *(times(row, peer) for peer in peers),
-            ]
+            [SIDES[row["side"]], f"{row['tokens_per_second']:.0f}", *(times(row, peer) for peer in peers)]
             for row in result["rows"]
+        ),
+    )
+
+
+def translation_speed_profile(result: Result) -> str:
+    kinds = list(result["rows"][0]["profile_ms"])
+    return table(
+        ["an update, ms", *kinds],
+        ([SIDES[row["side"]], *(f"{row['profile_ms'][kind]:.0f}" for kind in kinds)] for row in result["rows"]),
+    )
+
+
+def translation_speed_search(result: Result) -> str:
+    return table(
+        ["beam of 5", "sentences/s", "× JoeyNMT", "BLEU", "loss of a batch"],
+        (
+            [
+                SIDES[row["side"]],
+                f"{row['sentences_per_second']:.0f}",
+                times(row, "joeynmt"),
+                f"{row['bleu']:.2f}",
+                f"{row['loss']:.6f}",
+            ]
+            for row in result["searches"]
         ),
     )
 
@@ -357,6 +386,8 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "translation_bleu": translation_bleu,
     "translation_bleu_7500": translation_bleu,
     "translation_speed": translation_speed,
+    "translation_speed.profile": translation_speed_profile,
+    "translation_speed.search": translation_speed_search,
     "spot_adaptation.paper": spot_adaptation("paper"),
     "spot_adaptation.one": spot_adaptation("one"),
     "spectral_gan.fashion_mnist_kid": spectral_gan("fashion_mnist", "kid", 1000),

@@ -5,7 +5,8 @@
 SIDE is "ours", "ours_bf16", "torch" or "joeynmt". FOLDER holds ``batches.pt`` (sources and targets), ``test.pt``
 (sources, sorted by length) and, for translating, ``weights.pt`` (a Transformer's state dict). Each line of standard
 input is a command in JSON, each answer a line of standard output: ``{"do": "train", "updates": 8}`` gives
-``seconds`` and ``tokens``, ``{"do": "translate", "beam": 5, "alpha": 1.0}`` gives ``seconds`` and ``ids``.
+``seconds`` and ``tokens``, ``{"do": "translate", "beam": 5, "alpha": 1.0}`` gives ``seconds`` and ``ids``, and
+``{"do": "profile", "updates": 8}`` milliseconds of an update by kind of operation.
 """
 
 import json
@@ -231,6 +232,26 @@ class JoeyNMT(Side):
             raise SystemExit(f"joeynmt: weights do not fit: missing {missing}, unexpected {unexpected}.")
 
 
+#: what of torch's operations is counted as what; the rest is elementwise, sums, copies and the optimizer
+KINDS = {
+    "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm"),
+    "random numbers": ("bernoulli_", "random_"),
+    "softmax": ("_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data", "exp_"),
+}
+
+
+def profile(side: Side, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Milliseconds of an update by kind of operation, each without what it calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for source, target in batches:
+            side.update(source, target)
+    kind_of = {f"aten::{name}": kind for kind, names in KINDS.items() for name in names}
+    found = dict.fromkeys((*KINDS, "all else"), 0.0)
+    for event in profiler.key_averages():
+        found[kind_of.get(event.key, "all else")] += event.self_cpu_time_total / 1000 / len(batches)
+    return found
+
+
 SIDES = {"ours": Ours, "ours_bf16": OursInBf16, "torch": Torch, "torch_bf16": TorchInBf16, "joeynmt": JoeyNMT}
 
 
@@ -259,6 +280,9 @@ def main() -> None:
             begin = time.perf_counter()
             ids = [row for source in sources for row in side.translate(source, command["beam"], command["alpha"])]
             answer = {"seconds": time.perf_counter() - begin, "ids": ids}
+        elif command["do"] == "profile":
+            side.model.train()
+            answer = profile(side, batches[: command["updates"]])
         elif command["do"] == "loss":  # that all compute the same thing: the loss of a batch, without dropout
             side.load(torch.load(f"{folder}/weights.pt", weights_only=True))
             side.model.eval()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.nn.dropout import Dropout
 
 Norm = Literal["batch", "group", "none"]
 
@@ -100,7 +101,7 @@ class SmallCNN(nn.Module):
                 layers += _conv_block(channels, width * 2**stage, norm)
                 channels = width * 2**stage
         self.features = nn.Sequential(*layers)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

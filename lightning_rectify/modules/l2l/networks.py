@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.image_networks import build_network
+from lightning_rectify.nn.dropout import Dropout
 
 
 class PixelClassifier(nn.Module):
@@ -136,7 +137,7 @@ class _WideBlock(nn.Module):
             _conv3x3(in_channels, out_channels, stride),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(),
-            nn.Dropout(dropout) if dropout else nn.Identity(),
+            Dropout(dropout) if dropout else nn.Identity(),
             _conv3x3(out_channels, out_channels),
         )
         self.shortcut: nn.Conv2d | None = None

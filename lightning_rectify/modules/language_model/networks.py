@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.nn.dropout import Dropout
 
 _INIT = 0.1  # embeddings begin uniform in +- this
 
@@ -37,7 +38,7 @@ class StackedLSTM(nn.Module):
         nn.init.uniform_(self.embedding.weight, -_INIT, _INIT)
         widths = [embedding_size] + [hidden_size] * (layers - 1)
         self.layers = nn.ModuleList(nn.LSTM(width, hidden_size, batch_first=True) for width in widths)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Read words.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rectify.modules.manifold.local import multi_indices
+from lightning_rectify.nn.dropout import Dropout
 
 ExpertKind = Literal["polynomial", "p1", "mlp"]
 
@@ -28,7 +29,7 @@ class Expert(nn.Module):
     def __init__(self, size: int, outputs: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.size, self.outputs, self.dim = size, outputs, 1
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def shapes(self, charts: int, dim: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters by name."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rectify.arguments import check_least
+from lightning_rectify.nn.dropout import Dropout
 
 Domain = Literal["source", "target"]
 SMALLEST = 16
@@ -63,7 +64,7 @@ class DigitClassifier(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"Expected argument `dropout` to be in [0, 1) but got {dropout!r}.")
         self.features = DigitFeatures(in_channels, image_size, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

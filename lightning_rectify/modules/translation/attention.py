@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rectify.arguments import check_least
+from lightning_rectify.nn.dropout import dropout as drop
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -60,7 +61,7 @@ def attend(
     if query.device.type == "cpu" and (torch.is_grad_enabled() or query.dtype in (torch.bfloat16, torch.float16)):
         # On the CPU torch's fused kernel is slow for sentences (some 14 tokens): forward and backward seven times in
         # bfloat16, forward alone twice; in float32 it is as fast, and a little faster forward.
-        weights = F.dropout(attention_weights(query, key, mask, causal), dropout)
+        weights = drop(attention_weights(query, key, mask, causal), dropout)
         mixed = torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).unflatten(0, weights.shape[:2])
     else:
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout)

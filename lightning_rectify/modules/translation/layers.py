@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rectify.modules.translation.attention import CrossAttention, SelfAttention
+from lightning_rectify.nn.dropout import Dropout
 from lightning_rectify.text import PAD
 
 Norm = Literal["post", "pre"]
@@ -45,7 +46,7 @@ class Embedding(nn.Module):
         self.places = None if max_length is None else nn.Embedding(max_length, width)
         if self.places is not None:
             nn.init.normal_(self.places.weight, std=width**-0.5)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Features (B, T, D) of tokens (B, T), int64, at the places from ``start`` on.
@@ -99,7 +100,7 @@ class Residual(nn.Module):
         super().__init__()
         self.pre = options.norm == "pre"
         self.norm = nn.LayerNorm(options.width)
-        self.dropout = nn.Dropout(options.dropout)
+        self.dropout = Dropout(options.dropout)
 
     def enter(self, x: Tensor) -> Tensor:
         """The branch's input (B, T, D)."""
@@ -123,7 +124,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, inner: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.inner, self.outer = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for linear in (self.inner, self.outer):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
