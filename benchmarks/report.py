@@ -254,11 +254,11 @@ def translation_bleu(result: Result) -> str:
         return "{0:.{3}f} ({1:.{3}f} to {2:.{3}f})".format(*values, digits)
 
     return table(
-        ["pair", "precision", "seeds", "BLEU, test", "chrF, test", "length penalty", "training"],
+        ["pair", "precision, processor", "seeds", "BLEU, test", "chrF, test", "length penalty", "training"],
         (
             [
                 row["pair"],
-                row["precision"],
+                f"{row['precision']}, {row['cpu']}",
                 ", ".join(str(seed) for seed in row["seeds"]),
                 cell(row["test_bleu"], 2),
                 cell(row["test_chrf"], 2),
@@ -278,7 +278,7 @@ SIDES = {
 
 
 def times(row: Result, peer: str) -> str:
-    """A ratio by rounds: median, and smallest and largest."""
+    """A ratio by rounds: median and quartiles."""
     found = row.get(f"times_{peer}")
     return "" if found is None else f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
@@ -386,7 +386,9 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "translation_bleu": translation_bleu,
     "translation_bleu_7500": translation_bleu,
     "translation_speed": translation_speed,
+    "translation_speed_default": translation_speed,
     "translation_speed.profile": translation_speed_profile,
+    "translation_speed_default.profile": translation_speed_profile,
     "translation_speed.search": translation_speed_search,
     "spot_adaptation.paper": spot_adaptation("paper"),
     "spot_adaptation.one": spot_adaptation("one"),

@@ -188,11 +188,14 @@ def output_path(name: str, out: Path | None, quick: bool) -> Path:
     return out or (QUICK_RESULTS if quick else RESULTS) / f"{name}.json"
 
 
+_STAND_FOR = {"--peer": "PEER_PYTHON", "--weights": "CHECKPOINT"}
+
+
 def command(argv: Sequence[str] | None = None) -> str:
     """The command line that makes the result again, without this machine's paths.
 
     ``--out`` is kept only where it names a file in results/, ``--work`` never; the value of ``--data`` becomes the
-    environment variable it stands for.
+    environment variable it stands for, an interpreter or a checkpoint a word in capitals.
     """
     argv = list(sys.argv if argv is None else argv)
     script = Path(argv[0])
@@ -200,9 +203,11 @@ def command(argv: Sequence[str] | None = None) -> str:
     rest = iter(argv[1:])
     for word in rest:
         option, equals, value = word.partition("=")
-        if option in ("--out", "--data", "--work"):
+        if option in ("--out", "--data", "--work", *_STAND_FOR):
             if not equals:
                 value = next(rest, "")
+            if option in _STAND_FOR:
+                words += [option, _STAND_FOR[option]]
             if option == "--data":
                 words += ["--data", f'"${DATA_VARIABLE}"']
             elif option == "--out" and Path(value).resolve().parent == RESULTS:

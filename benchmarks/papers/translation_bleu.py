@@ -150,11 +150,12 @@ def raw(module: Translator, loader: Any) -> tuple[list[str], list[str]]:
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean over seeds, smallest and largest."""
+    """Mean over the seeds of a pair, precision and processor, smallest and largest."""
     table = []
-    for pair, precision in dict.fromkeys((row["pair"], row["precision"]) for row in rows):
-        group = [row for row in rows if (row["pair"], row["precision"]) == (pair, precision)]
-        line: dict[str, Any] = {"pair": pair, "precision": precision, "seeds": [row["seed"] for row in group]}
+    same = ("pair", "precision", "cpu")
+    for key in dict.fromkeys(tuple(row[name] for name in same) for row in rows):
+        group = [row for row in rows if tuple(row[name] for name in same) == key]
+        line: dict[str, Any] = {**dict(zip(same, key, strict=True)), "seeds": [row["seed"] for row in group]}
         for name in ("test_bleu", "test_chrf", "val_bleu_greedy", "length_penalty", "train_seconds"):
             values = [row[name] for row in group]
             line[name] = [statistics.fmean(values), min(values), max(values)]
@@ -199,8 +200,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             root = "" if args.quick else data_folder(args.data, FOLDERS[pair.partition(".")[0]])
             result.write_text(json.dumps(run(pair, seed, root, recipe, folder, args.threads)))
-        row = json.loads(result.read_text())
-        rows.append({"precision": recipe.precision, **row})
+        rows.append(row := json.loads(result.read_text()))
         print(f"{name}: test BLEU {row['test_bleu']:.2f} at length penalty {row['length_penalty']}", flush=True)
     machine = {**environment(packages=("sentencepiece", "sacrebleu")), "threads": args.threads}
     settings = {
