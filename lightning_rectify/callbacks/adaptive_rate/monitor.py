@@ -16,7 +16,15 @@ from lightning_rectify._lightning import (
     rank_zero_warn,
 )
 from lightning_rectify.arguments import check_least, check_types
-from lightning_rectify.callbacks._logs import add_layout, hand_over, is_dry, require_logger, run_folder, writers
+from lightning_rectify.callbacks._logs import (
+    add_layout,
+    hand_over,
+    is_dry,
+    log_at_step,
+    require_logger,
+    run_folder,
+    writers,
+)
 from lightning_rectify.callbacks._sharded import reshard
 from lightning_rectify.callbacks.adaptive_rate.alarms import AdaptiveRateWarning, GroupAlarms
 from lightning_rectify.callbacks.adaptive_rate.dashboard import (
@@ -250,8 +258,7 @@ class AdaptiveRateMonitor(Callback):
                 findings = alarms.feed(block, points, unit.low_precision)
                 self._raise_alarms(trainer, unit.key, findings, int(points.step[-1]))
         for step, metrics in sorted(by_step.items()):
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=step)
+            log_at_step(trainer, metrics, step)
             self._latest.update(metrics)
 
     def _raise_alarms(self, trainer: Trainer, key: str, findings: Iterator[tuple[str, str]], step: int) -> None:

@@ -9,6 +9,7 @@ from lightning_rectify.callbacks._logs import (
     as_tensors,
     hand_over,
     is_dry,
+    log_at_step,
     require_logger,
     run_folder,
     writers,
@@ -160,8 +161,7 @@ class SpectrumMonitor(Callback):
             for name, value in reading.quantities.items()
         }
         if step != self._records.last_step:  # else a resumed run found it in its folder
-            for logger in trainer.loggers:
-                logger.log_metrics(self._latest, step=step)
+            log_at_step(trainer, self._latest, step)
             if trainer.is_global_zero:
                 spectra = {layer: reading.values for layer, reading in readings.items()}
                 self._records.add(step, spectra)
