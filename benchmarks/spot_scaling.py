@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from timing import ROOT, command, environment, output_path, parser, write_result
+from timing import ROOT, environment, output_path, parser, write_result
 
 from lightning_rectify.data.transport_truths import TransportProblem, make_problem
 
@@ -181,16 +181,13 @@ def main() -> None:
         "limit_gib": args.memory,
     }
     machine = {**environment(), "threads": args.threads, **versions(args.peer)}
-    again = command().replace(args.peer, "PEER_PYTHON") if args.peer else command()
     rows: list[dict[str, Any]] = []
     beyond: dict[tuple[str, str], int] = {}
     for size in args.sizes:  # the small ones first: a study cut short has whole sizes
         for problem in args.problems:
             rows += of_one_size(problem, size, cells, work, args, beyond)
             table = summarize(rows)
-            write_result(
-                path, NAME, chosen, rows, table=table, crossovers=crossovers(table), environment=machine, command=again
-            )
+            write_result(path, NAME, chosen, rows, table=table, crossovers=crossovers(table), environment=machine)
 
 
 def of_one_size(

@@ -6,8 +6,8 @@ are real target tokens a second, counted by one rule for all; a profile says whe
 trained weights translate the test part with a beam of five in ours and in JoeyNMT, and BLEU is given for both.
 
 glibc gives large activations back to the system after each step, and gets them again page by page. All sides are
-spared that by its environment variables, which is how this package's documentation has people train on a CPU;
-``--memory default`` leaves them out for all, as it is for whoever sets nothing.
+spared that by its environment variables; ``--memory default`` leaves them out for all, as it is for whoever sets
+nothing.
 
     python benchmarks/translation_speed.py --data FOLDER --peer PYTHON_WITH_JOEYNMT --weights CHECKPOINT
 

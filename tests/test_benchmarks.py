@@ -322,6 +322,8 @@ def test_a_ratio_is_taken_round_by_round(timing: ModuleType) -> None:
 def test_command_hides_paths(timing: ModuleType) -> None:
     command = timing.command(["/home/me/benchmarks/x.py", "--data", "/d", "--out=/o", "--lr", "0.1", "--out", "/o"])
     assert command == 'python benchmarks/x.py --data "$LIGHTNING_RECTIFY_DATA" --lr 0.1'
+    command = timing.command(["benchmarks/x.py", "--peer", "/p/bin/python", "--weights=/w.ckpt", "--rounds", "3"])
+    assert command == "python benchmarks/x.py --peer PEER_PYTHON --weights CHECKPOINT --rounds 3"
 
 
 def test_report_writes_checks_and_complains(

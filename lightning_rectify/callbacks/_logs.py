@@ -81,21 +81,18 @@ def hand_over(module: LightningModule, values: Mapping[str, float]) -> None:
 def log_at_step(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
     """Numbers of a step to all loggers; to TensorBoard's file as one event that has them all.
 
-    ``TensorBoardLogger`` writes an event a number, each with a checksum and a turn of the writer's thread: with the ten
-    numbers of each step of ``AdaptiveRateMonitor`` that took as long as a small network's forward pass. TensorBoard
-    reads both alike. A logger of another class, with its own ``log_metrics`` or with a prefix is asked as usual.
+    ``TensorBoardLogger`` writes an event a number, each with a checksum and a turn of the writer's thread: 0.4 ms more
+    for the numbers of a step of ``AdaptiveRateMonitor`` (benchmarks/lightning_cost.py). TensorBoard reads both alike. A
+    logger of another class, with its own ``log_metrics`` or with a prefix is asked as usual.
     """
     for logger in trainer.loggers:
-        usual = getattr(type(logger), "log_metrics", None) is not TensorBoardLogger.log_metrics
-        if usual or getattr(logger, "_prefix", None) or not trainer.is_global_zero:
+        plain = type(logger).log_metrics is TensorBoardLogger.log_metrics and not getattr(logger, "_prefix", None)
+        writer = getattr(logger, "experiment", None) if plain and trainer.is_global_zero else None
+        if type(writer) is SummaryWriter:  # not tensorboardX's
+            scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+            writer._get_file_writer().add_summary(Summary(value=scalars), step)
+        else:
             logger.log_metrics(dict(values), step=step)
-            continue
-        writer = logger.experiment  # type: ignore[attr-defined]
-        if type(writer) is not SummaryWriter:  # tensorboardX
-            logger.log_metrics(dict(values), step=step)
-            continue
-        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        writer._get_file_writer().add_summary(Summary(value=scalars), step)
 
 
 def log_folder(logger: Logger, default: str) -> Path:

@@ -9,12 +9,13 @@ _STEPS = 2**16
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """``torch.nn.functional.dropout`` for training, at less than half its time on the CPU.
+    """``torch.nn.functional.dropout`` for training, with cheaper random numbers on the CPU.
 
-    On the CPU torch draws a float for each feature, one after the other: a quarter of a small Transformer's training
-    step. Here 16 random bits decide on each, so ``p`` is rounded to a multiple of 1/65,536, and what stays is scaled by
-    the rounded chance, so that the expectation is x. The numbers are those of torch's generator, for any number of
-    threads. On other devices, and in graphs of ``torch.compile``, it is torch's own.
+    On the CPU torch draws a float for each feature, one after the other: a fifth of a small Transformer's training
+    step, and six times what it takes here (benchmarks/translation_speed.py). 16 random bits decide on each, so ``p`` is
+    rounded to a multiple of 1/65,536, and what stays is scaled by the rounded chance, so that the expectation is x. The
+    bits are those of torch's generator, for any number of threads. On other devices, and in graphs of
+    ``torch.compile``, it is torch's own.
 
     Args:
         x: floating point, any shape.
