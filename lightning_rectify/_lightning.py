@@ -105,7 +105,7 @@ def log_next(module: Any, name: str, value: Any, batch_size: int | None) -> bool
     """
     try:
         hook, trainer = module._current_fx_name, module._trainer
-        if trainer is None or batch_size is None or trainer._logger_connector._current_fx != hook:
+        if trainer is None or batch_size is None or trainer._logger_connector.should_reset_tensors(hook):
             return False
         results = trainer._results
         kept = None if results is None or results.dataloader_idx is not None else results.get(f"{hook}.{name}")
@@ -117,6 +117,7 @@ def log_next(module: Any, name: str, value: Any, batch_size: int | None) -> bool
             value = value.detach()
         elif value is not kept.value:
             return False
+        trainer._logger_connector._current_fx = hook
         results.update_metrics(f"{hook}.{name}", value, batch_size)
     except AttributeError:
         return False

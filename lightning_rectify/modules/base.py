@@ -87,6 +87,14 @@ class RectifiedModule(LightningModule):
         self._logged_as: dict[str, Any] = {}  # options of each key
         self.save_hyperparameters()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes the hook that runs, twice a hook; torch's search for parameters and modules would be a
+        # fiftieth of a small network's step.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     # -- hooks to override ---------------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ class GroupAlarms:
         for i, step in enumerate(points.step):
             if self._first_step is None:
                 self._first_step, self._first_lr = step, float(block.lr[i])
-            yield from self._early_jump(step, r[i], points.jump[i])
+            yield from self._early_jump(step, r[i], points.rate[i])
             self._follow_schedule(step, float(block.lr[i]), r[i])
             yield from self._double_warmup(step)
             yield from self._no_warmup(step)
@@ -105,9 +105,12 @@ class GroupAlarms:
                 yield from self._stalled(step, block.v[i], block.v[i - 1], block.g[i])
             self._last_step, self._last_r = step, r[i]
 
-    def _early_jump(self, step: float, r: float, jump: float) -> Iterator[tuple[str, str]]:
+    def _early_jump(self, step: float, r: float, rate: np.ndarray) -> Iterator[tuple[str, str]]:
         momentum = self.rectifier is not None and self.rectifier.early_phase == "momentum"
-        if momentum and r > 0.0 and self._last_r == 0.0 and self._last_step == step - 1 and jump > _JUMP:
+        if not momentum or r <= 0.0 or self._last_r > 0.0 or self._last_step != step - 1 or not rate.any():
+            return
+        jump = float(np.median(1.0 / rate[rate > 0.0])) / r  # a momentum step over a rectified one
+        if jump > _JUMP:
             yield (
                 "early_jump",
                 f"the unrectified steps 1 to {step - 1:.0f} were {jump:.3g} times larger (median coordinate) than "

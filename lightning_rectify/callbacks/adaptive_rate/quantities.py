@@ -75,7 +75,6 @@ class Points:
         step: the group's step number, shape (S,).
         rate: adaptive rate per coordinate, shape (S, n).
         live: which coordinates are not ruled by eps, shape (S, n).
-        jump: how many times larger (median coordinate) a momentum step is than a rectified one, shape (S,).
         zero_share: share of coordinates whose second moment is exactly zero, shape (S,).
     """
 
@@ -83,7 +82,6 @@ class Points:
     step: np.ndarray
     rate: np.ndarray
     live: np.ndarray
-    jump: np.ndarray
     zero_share: np.ndarray
 
 
@@ -137,14 +135,9 @@ def measure(block: Block) -> Points:
         "eps_share": 1.0 - (seen & (root > eps)).sum(axis=1) / np.maximum(seen.sum(axis=1), 1),
     }
     values["effective_lr"] = block.lr * _share_of_rate(values["rectification"], block)
-    values |= _gradient_quantiles(g)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        momentum_over_rectified = np.where(live, root + eps, np.nan) / values["rectification"][:, None]
-    jump = np.array(
-        [np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else 0.0 for row in momentum_over_rectified]
-    )
+    values |= _gradient_quantiles(block.g)  # as they came: sorting float32 takes half as long
     zero_share = (seen & (v == 0.0)).sum(axis=1) / np.maximum(seen.sum(axis=1), 1)
-    return Points({name: values[name] for name in QUANTITIES}, step, rate, live, jump, zero_share)
+    return Points({name: values[name] for name in QUANTITIES}, step, rate, live, zero_share)
 
 
 def _of_step(step: np.ndarray, function: Callable[[torch.Tensor, float], torch.Tensor], beta2: float) -> np.ndarray:
