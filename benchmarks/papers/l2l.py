@@ -9,7 +9,8 @@ Square, and the signs of masked gradients. Time is that of the process inside tr
     python benchmarks/papers/l2l.py --data FOLDER [--seeds 0 1] [--jobs 2]
 
 Each run leaves a file and its report below ``--work``, so that an interrupted study goes on; the result is written
-after every run.
+after every run. Two processes may share the work (``--seeds``, ``--methods``), and ``--finished`` writes what they have
+run.
 """
 
 import argparse
@@ -362,6 +363,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--epsilons", nargs="+", type=float, default=[0.1, 0.2])
     arguments.add_argument("--epochs", type=int, default=Study.epochs)
     arguments.add_argument("--queries", type=int, default=Study.queries, help="of the Square attack")
+    arguments.add_argument("--finished", action="store_true", help="run nothing: write what has been run")
     return arguments.parse_args()
 
 
@@ -380,9 +382,12 @@ def main() -> None:
             for method in args.methods
             if epsilon == args.epsilons[0] or method in AT_TWICE
         ]
-    prepare(study, None if args.quick else data_folder(args.data, FOLDERS), work)
+    if not args.finished:
+        prepare(study, None if args.quick else data_folder(args.data, FOLDERS), work)
     path = output_path(NAME, args.out, args.quick)
     done, todo = split(cells, lambda cell: (cell.path(work), study.plain()))
+    if args.finished:
+        todo = []
     rows, jobs = [row for _, row in done], 1 if args.quick else args.jobs
     wanted = [(m, e) for e in sorted({cell.epsilon for cell in todo}) for m in ("standard", PGD)]
     for _ in run_all(partial(make_source, study=study, work=work), wanted, jobs):
