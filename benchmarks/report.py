@@ -251,10 +251,11 @@ def language_model(result: Result) -> str:
 
 def translation_bleu(result: Result) -> str:
     def cell(values: Sequence[float], digits: int = 1) -> str:
-        return "{0:.{3}f} ({1:.{3}f} to {2:.{3}f})".format(*values, digits)
+        mean, low, high = (f"{value:.{digits}f}" for value in values)
+        return mean if low == high else f"{mean} ({low} to {high})"
 
     return table(
-        ["pair", "precision, processor", "seeds", "BLEU, test", "chrF, test", "length penalty", "training"],
+        ["pair", "precision, processor", "seeds", "BLEU, test", "chrF, test", "length penalty", "training, min"],
         (
             [
                 row["pair"],
@@ -263,7 +264,7 @@ def translation_bleu(result: Result) -> str:
                 cell(row["test_bleu"], 2),
                 cell(row["test_chrf"], 2),
                 cell(row["length_penalty"]),
-                f"{row['train_seconds'][0] / 60:.0f} min",
+                cell([seconds / 60 for seconds in row["train_seconds"]], 0),
             ]
             for row in result["table"]
         ),
