@@ -88,8 +88,7 @@ class RectifiedModule(LightningModule):
         self.save_hyperparameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning notes the hook that runs, twice a hook; torch's search for parameters and modules would be a
-        # fiftieth of a small network's step.
+        # Lightning notes the hook that runs, twice a hook: spared torch's search for parameters and modules.
         if name == "_current_fx_name":
             self.__dict__[name] = value
         else:

@@ -135,7 +135,7 @@ def measure(block: Block) -> Points:
         "eps_share": 1.0 - (seen & (root > eps)).sum(axis=1) / np.maximum(seen.sum(axis=1), 1),
     }
     values["effective_lr"] = block.lr * _share_of_rate(values["rectification"], block)
-    values |= _gradient_quantiles(block.g)  # as they came: sorting float32 takes half as long
+    values |= _gradient_quantiles(block.g)  # as they came: float32 sorts faster
     zero_share = (seen & (v == 0.0)).sum(axis=1) / np.maximum(seen.sum(axis=1), 1)
     return Points({name: values[name] for name in QUANTITIES}, step, rate, live, zero_share)
 
