@@ -340,19 +340,30 @@ def verdict(table: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> 
 
 
 def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
-    """Worst case over time, a panel an epsilon."""
+    """Worst case over time, a panel an epsilon; a bar from seed to seed, hollow where a check failed."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     epsilons = sorted({line["epsilon"] for line in table})
-    figure = Figure(figsize=(7 * len(epsilons), 5), layout="constrained")
-    for ax, epsilon in zip(figure.subplots(1, len(epsilons), squeeze=False)[0], epsilons, strict=True):
-        for line in (line for line in table if line["epsilon"] == epsilon):
-            place = (line["epoch_cpu_seconds"], 100 * line["worst"])
-            ax.plot(*place, "o", color="tab:red" if line["failed_checks"] else "tab:blue")
-            ax.annotate(line["method"], place, textcoords="offset points", xytext=(5, 4), fontsize=8)
-        ax.set(xscale="log", xlabel="CPU seconds an epoch", title=f"epsilon {epsilon:g} (red: a check failed)")
-        ax.set_ylabel("accuracy under the worst of all attacks, %")
+    methods = list(dict.fromkeys(line["method"] for line in table))
+    looks = {method: (f"C{i % 10}", "os"[i // 10]) for i, method in enumerate(methods)}
+    figure = Figure(figsize=(4.2 * len(epsilons) + 2.6, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(epsilons), squeeze=False, sharey=True)[0]
+    for ax, epsilon in zip(panels, epsilons, strict=True):
+        for line in table:
+            if line["epsilon"] != epsilon or line["ratio_to_pgd"] is None:
+                continue
+            color, marker = looks[line["method"]]
+            seeds = [100 * worst for worst in line["worst_seeds"]]
+            ax.plot([line["ratio_to_pgd"]] * len(seeds), seeds, "_-", color=color, lw=1, ms=7)
+            face = "white" if line["failed_checks"] else color
+            ax.plot(line["ratio_to_pgd"], 100 * line["worst"], marker, color=color, mfc=face, ms=8)
+        ax.set(xlabel="time of an epoch, x PGD-10", title=f"epsilon {epsilon:g}", xlim=(0, None))
         ax.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy under the worst of all attacks, %")
+    marks = [Line2D([], [], ls="", marker=looks[name][1], color=looks[name][0], ms=8, label=name) for name in methods]
+    marks.append(Line2D([], [], ls="", marker="o", color="grey", mfc="white", ms=8, label="hollow: a check failed"))
+    figure.legend(handles=marks, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
