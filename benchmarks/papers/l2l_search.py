@@ -10,7 +10,7 @@ if the mean of its worst-case accuracy over the seeds is at most one standard er
 Time is that of the process inside training epochs, over the time of PGD-10's steps on the same network and batches,
 some of which run after each epoch: what the machine does besides cancels.
 
-    python benchmarks/papers/l2l_search.py --data FOLDER
+    python benchmarks/papers/l2l_search.py --data FOLDER [--jobs 2]
 
 Each run leaves a file and its networks below ``--work``, so that an interrupted search goes on; the result is written
 after every run.
@@ -20,6 +20,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from l2l import FOLDERS, Study
 from l2l_candidates import CANDIDATES, PGD, TWO_STEP
 from l2l_search_runs import Cell, Search, on_test, prepare, run
-from single_runs import keep, kept, study_parser
+from single_runs import Row, keep, kept, run_all, study_parser
 from timing import data_folder, environment, output_path, write_result
 
 NAME = "l2l_search"
@@ -40,27 +41,37 @@ SCREEN, BOTH = 0.2, (0.2, 0.1)
 
 
 class Finished:
-    """Results by file: what is there is read, what is not is made."""
+    """Results by file: what is there is read, what is not is made, ``jobs`` runs at a time (0: in this process)."""
 
-    def __init__(self, search: Search, work: Path, path: Path) -> None:
-        self.search, self.work, self.path = search, work, path
-        self.rows: list[dict[str, Any]] = []
-        self.test: list[dict[str, Any]] = []
+    def __init__(self, search: Search, work: Path, path: Path, jobs: int) -> None:
+        self.search, self.work, self.path, self.jobs = search, work, path, jobs
+        self.rows: dict[Cell, Row] = {}
+        self.test: dict[Cell, Row] = {}
 
-    def get(self, cell: Cell, test: bool = False) -> dict[str, Any]:
-        """The row of a run on validation or test images."""
-        path = cell.path(self.work)
-        path = path.with_stem(f"{path.stem}_test") if test else path
-        known = self.search.plain(test)
-        row = kept(path, known)
-        if row is None:
-            row = keep(path, known, (on_test if test else run)(cell, self.search, self.work))
-            print(describe(row), flush=True)
-        rows = self.test if test else self.rows
-        if row not in rows:
-            rows.append(row)
+    def get(self, cells: Sequence[Cell], test: bool = False) -> list[Row]:
+        """The rows of runs on validation or test images, in this order."""
+        rows, known = self.test if test else self.rows, self.search.plain(test)
+        for cell in cells:
+            if row := kept(place(cell, self.work, test), known):
+                rows[cell] = row
+        todo = [cell for cell in cells if cell not in rows]
+        for cell, row, left in run_all(partial(make, search=self.search, work=self.work, test=test), todo, self.jobs):
+            rows[cell] = row
+            print(f"{describe(row)}  {left}", flush=True)
+            save(self)
         save(self)
-        return row
+        return [rows[cell] for cell in cells]
+
+
+def place(cell: Cell, work: Path, test: bool) -> Path:
+    """A run's file."""
+    path = cell.path(work)
+    return path.with_stem(f"{path.stem}_test") if test else path
+
+
+def make(cell: Cell, search: Search, work: Path, test: bool) -> Row:
+    """Run a candidate, or judge a finished one on test images, and keep what was found."""
+    return keep(place(cell, work, test), search.plain(test), (on_test if test else run)(cell, search, work))
 
 
 def best(rows: Sequence[dict[str, Any]], learned: bool, count: int) -> list[str]:
@@ -75,20 +86,18 @@ def best(rows: Sequence[dict[str, Any]], learned: bool, count: int) -> list[str]
 
 def go(finished: Finished, names: Sequence[str], seeds: Sequence[int], stages: int) -> None:
     """Run the stages."""
-    screened = [finished.get(Cell(name, SCREEN, seeds[0])) for name in names]
+    screened = finished.get([Cell(name, SCREEN, seeds[0]) for name in names])
     if stages < 2:
         return
     chosen = [best(screened, learned, finished.search.keep) for learned in (True, False)]
     entrants = list(dict.fromkeys([PGD, TWO_STEP, *chosen[0], *chosen[1]]))
-    cells = [Cell(name, epsilon, seed) for seed in seeds for epsilon in BOTH for name in entrants]
-    rows = [finished.get(cell) for cell in cells]
+    rows = finished.get([Cell(name, epsilon, seed) for seed in seeds for epsilon in BOTH for name in entrants])
     if stages < 3:
         return
     winners = [best(rows, learned, 1) for learned in (True, False)]
-    for epsilon in BOTH:
-        for seed in seeds:
-            for name in dict.fromkeys([PGD, *winners[0], *winners[1], TWO_STEP]):
-                finished.get(Cell(name, epsilon, seed), test=True)
+    finalists = list(dict.fromkeys([PGD, *winners[0], *winners[1], TWO_STEP]))
+    cells = [Cell(name, epsilon, seed) for epsilon in BOTH for seed in seeds for name in finalists]
+    finished.get(cells, test=True)
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -139,10 +148,11 @@ def save(finished: Finished) -> None:
         **search.plain(test=True), "keep": search.keep, "half": HALF, "candidates": len(CANDIDATES),
         "chosen_on": f"{search.val_images} images of the training part", "error": "of one network's test accuracy",
     }  # fmt: skip
-    table, test = summarize(finished.rows), summarize(finished.test)
+    rows, tested = list(finished.rows.values()), list(finished.test.values())
+    table, test = summarize(rows), summarize(tested)
     machine = {**environment(packages=("torchvision",)), "threads": 1}
     write_result(
-        finished.path, NAME, settings, finished.rows, table=table, test_rows=finished.test, test_table=test,
+        finished.path, NAME, settings, rows, table=table, test_rows=tested, test_table=test,
         verdict=verdict(test, table), environment=machine,
     )  # fmt: skip
 
@@ -158,7 +168,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    arguments = study_parser(__doc__, NAME, seeds=[0, 1], jobs=None)
+    arguments = study_parser(__doc__, NAME, seeds=[0, 1])
     arguments.add_argument("--data", help="folder that holds fashion-mnist/FashionMNIST/raw")
     arguments.add_argument("--candidates", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES))
     arguments.add_argument("--epochs", type=int, default=Study.epochs)
@@ -178,11 +188,12 @@ def main() -> None:
         study = Study("digits", 192, 32, epochs=2, batch_size=64, steps=(1, 20), restarts=(1, 2), apgd_steps=4)
         search, work, seeds = Search(study, 32, 32, keep=1, references=1), path.parent / f"{NAME}_runs", [0]
         names = [PGD, TWO_STEP, "sign 1", "sign .5, memory", "linear, 2-step"]
+        args.jobs = 0
     root = None if args.quick else data_folder(args.data, FOLDERS)
     prepare(search, root, work)
-    finished = Finished(search, work, path)
+    finished = Finished(search, work, path, args.jobs)
     go(finished, names, seeds, args.stages)
-    for line in verdict(summarize(finished.test), summarize(finished.rows)):
+    for line in verdict(summarize(list(finished.test.values())), summarize(list(finished.rows.values()))):
         print(f"{line['name']}, epsilon {line['epsilon']:g}: {100 * line['behind_pgd']:.1f} points behind PGD-10, "
               f"{line['ratio_to_pgd']:.2f} of its time: {'found' if line['found'] else 'not found'}")  # fmt: skip
 
