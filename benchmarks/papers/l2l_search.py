@@ -19,7 +19,7 @@ after every run.
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from l2l import FOLDERS, Study
 from l2l_candidates import CANDIDATES, PGD, TWO_STEP
 from l2l_search_runs import Cell, Search, on_test, prepare, run
-from single_runs import Row, keep, kept, run_all, study_parser
+from single_runs import Row, keep, run_all, split, study_parser
 from timing import data_folder, environment, output_path, write_result
 
 NAME = "l2l_search"
@@ -51,10 +51,8 @@ class Finished:
     def get(self, cells: Sequence[Cell], test: bool = False) -> list[Row]:
         """The rows of runs on validation or test images, in this order."""
         rows, known = self.test if test else self.rows, self.search.plain(test)
-        for cell in cells:
-            if row := kept(place(cell, self.work, test), known):
-                rows[cell] = row
-        todo = [cell for cell in cells if cell not in rows]
+        done, todo = split(cells, lambda cell: (place(cell, self.work, test), known))
+        rows |= dict(done)
         for cell, row, left in run_all(partial(make, search=self.search, work=self.work, test=test), todo, self.jobs):
             rows[cell] = row
             print(f"{describe(row)}  {left}", flush=True)
@@ -100,7 +98,7 @@ def go(finished: Finished, names: Sequence[str], seeds: Sequence[int], stages: i
     finished.get(cells, test=True)
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Mean over seeds for each candidate and epsilon; best worst case first."""
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -193,7 +191,7 @@ def main() -> None:
     prepare(search, root, work)
     finished = Finished(search, work, path, args.jobs)
     go(finished, names, seeds, args.stages)
-    for line in verdict(summarize(list(finished.test.values())), summarize(list(finished.rows.values()))):
+    for line in verdict(summarize(finished.test.values()), summarize(finished.rows.values())):
         print(f"{line['name']}, epsilon {line['epsilon']:g}: {100 * line['behind_pgd']:.1f} points behind PGD-10, "
               f"{line['ratio_to_pgd']:.2f} of its time: {'found' if line['found'] else 'not found'}")  # fmt: skip
 
