@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lightning_rectify.seeds import derive_seed
+
 Key = int | tuple[int, int]
 Batch = tuple[Tensor, Tensor]
 
@@ -239,7 +241,7 @@ class FileImages(Dataset[Batch]):
         if not isinstance(key, tuple) or self.augment is None:
             return self.transform(image), torch.tensor(label)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint64)[0] >> 1))
+            torch.manual_seed(derive_seed(self.seed, *key))
             return self.augment(image), torch.tensor(label)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:

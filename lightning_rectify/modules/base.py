@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from lightning_rectify.arguments import check_types
 from lightning_rectify.checkpoints import read_safely, require_whole
 from lightning_rectify.modules.sharding import class_of, number_as_module, shard
 from lightning_rectify.optim.rectified_adam import RectifiedAdam
+from lightning_rectify.seeds import derive_seed
 
 _RANDOM_STATE = "lightning_rectify_random_state"
 # Lightning's classmethod that refuses to be called on an instance: its result would be thrown away.
@@ -223,10 +223,8 @@ class RectifiedModule(LightningModule):
         owed = self._trainer is not None and mend_resume(self._trainer)
         saved, self._random_state = self._random_state, None
         if self.global_rank > 0:
-            # One seed serves all ranks, and all would drop the same features. Not seed + rank: that is rank 0 of the
-            # next seed. Rank 0 goes on as one process would.
-            sequence = np.random.SeedSequence([torch.initial_seed(), self.global_rank])
-            torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+            # One seed serves all ranks, and all would drop the same features. Rank 0 goes on as one process would.
+            torch.manual_seed(derive_seed(torch.initial_seed(), self.global_rank))
         for name, states in (saved or {}).items():
             if self.global_rank >= len(states):
                 continue

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -20,6 +19,7 @@ from lightning_rectify._lightning import (
 )
 from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.base import RectifiedModule
+from lightning_rectify.seeds import derive_seed
 
 _NOISE = "noise_"  # and the kind of device: no generator takes another kind's state
 
@@ -137,10 +137,7 @@ class MinimaxModule(RectifiedModule):
         rank = self.global_rank if self._trainer is not None else self._noise_rank
         generator = self._noise_generator
         if generator is None or generator.device.type != self.device.type or rank != self._noise_rank:
-            # Not seed + rank, which would be rank 0 of the next seed.
-            sequence = np.random.SeedSequence([torch.initial_seed(), rank, 1])
-            generator = torch.Generator(self.device)
-            generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+            generator = torch.Generator(self.device).manual_seed(derive_seed(torch.initial_seed(), rank, 1))
             self._noise_generator, self._noise_rank = generator, rank
         return generator
 

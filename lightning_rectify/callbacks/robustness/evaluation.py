@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rectify.attacks.common import Model, input_gradient
+from lightning_rectify.seeds import derive_seed
 
 #: (model, images (N, C, H, W), labels (N,), generator) -> adversarial images (N, C, H, W)
 Attack = Callable[[Model, Tensor, Tensor, torch.Generator], Tensor]
@@ -175,10 +176,8 @@ class Evaluation:
                 yield places, self.images[index].to(self.device), self.labels[index].to(self.device)
 
     def _generator(self, name: str, number: int) -> torch.Generator:
-        sequence = np.random.SeedSequence([self.seed, zlib.crc32(name.encode()), number])
-        generator = torch.Generator(self.device)
-        generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        return generator
+        seed = derive_seed(self.seed, zlib.crc32(name.encode()), number)
+        return torch.Generator(self.device).manual_seed(seed)
 
 
 def noise_attack(epsilon: float, norm: str, bounds: tuple[float, float]) -> Attack:

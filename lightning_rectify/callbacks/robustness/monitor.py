@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +21,14 @@ from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.attacks.ball import Norm
 from lightning_rectify.attacks.common import attacking, input_gradient
 from lightning_rectify.attacks.gradient import pgd
+from lightning_rectify.attacks.quality import attack_quality
 from lightning_rectify.callbacks._logs import add_layout, is_dry, run_folder, writers
 from lightning_rectify.callbacks._sharded import refuse_sharded
 from lightning_rectify.callbacks._untouched import random_state, untouched
 from lightning_rectify.callbacks.robustness.figures import draw_examples
 from lightning_rectify.callbacks.robustness.images import check_bounds, images_and_labels
 from lightning_rectify.callbacks.robustness.report import robust_report
+from lightning_rectify.seeds import derive_seed
 
 PREFIX = "robustness"
 ROBUST_ACCURACY = "val/robust_accuracy"
@@ -282,9 +283,9 @@ class RobustnessMonitor(Callback):
             kept = pl_module(own).argmax(dim=1) == labels
         self._add("own_attack_accuracy", float((right & kept).sum()))
         gradient, _, _ = input_gradient(pl_module, images, labels)
-        agreement, saturation = _quality(images, own, gradient, epsilon, self._ball(pl_module)[2])
-        self._add("sign_agreement", float(agreement.sum()))
-        self._add("saturation", float(saturation.sum()))
+        quality = attack_quality(images, own, gradient, epsilon, self._ball(pl_module)[2])
+        self._add("sign_agreement", float(quality.agreement.sum()))
+        self._add("saturation", float(quality.saturation.sum()))
 
     def _add(self, name: str, value: float) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + value
@@ -292,8 +293,7 @@ class RobustnessMonitor(Callback):
     @contextmanager
     def _borrowed(self, pl_module: LightningModule, rank: int, batch: int) -> Iterator[torch.Generator]:
         """The module as an attack needs it, given back as it was; yields this rank's generator for this batch."""
-        sequence = np.random.SeedSequence([self.seed, rank, batch])
-        seed = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        seed = derive_seed(self.seed, rank, batch)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             # The module's own attack may draw from the global state, or from a generator of the module's.
@@ -368,16 +368,3 @@ class RobustnessMonitor(Callback):
                 f"ModelCheckpoint(every_n_epochs={self.every_n_epochs}).",
                 category=RobustnessWarning,
             )
-
-
-def _quality(
-    images: Tensor, attacked: Tensor, gradient: Tensor, epsilon: float, bounds: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    """Agreement with the gradient's sign, and saturation, of each image; two times (N,)."""
-    low, high = ((images + way).clamp(*bounds) for way in (-epsilon, epsilon))
-    delta = attacked - images
-    room = torch.where(gradient > 0, high > images, low < images) & (gradient != 0)
-    agrees = ((delta.sign() == gradient.sign()) & room).flatten(1).sum(dim=1)
-    near = 0.01 * epsilon
-    edge = ((delta >= 0) & (high - attacked <= near)) | ((delta <= 0) & (attacked - low <= near))
-    return agrees / room.flatten(1).sum(dim=1).clamp_min(1), edge.flatten(1).float().mean(dim=1)

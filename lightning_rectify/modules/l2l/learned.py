@@ -144,45 +144,6 @@ def learned_attack(
     return Perturbed(points, first)
 
 
-class Quality(NamedTuple):
-    """How good an attack is, without asking the classifier.
-
-    Attributes:
-        agreement: share of the pixels moved in the direction of the gradient's sign, among those where the gradient is
-            not zero and the bounds leave room in that direction; 1 for FGSM.
-        saturation: share of the pixels that are as far from the image as ball and bounds allow; 1 for FGSM, where the
-            gradient is not zero.
-    """
-
-    agreement: Tensor
-    saturation: Tensor
-
-
-@torch.no_grad()
-def attack_quality(
-    images: Tensor, adversarial: Tensor, gradient: Tensor, epsilon: float, bounds: tuple[float, float] = (0.0, 1.0)
-) -> Quality:
-    """Agreement with the gradient's sign, and saturation, of an attack.
-
-    Args:
-        images: shape (N, C, H, W).
-        adversarial: shape (N, C, H, W).
-        gradient: of the loss at ``images``, shape (N, C, H, W).
-        epsilon: radius of the ball in pixel units.
-        bounds: least and largest pixel value.
-
-    Returns:
-        Two scalars in [0, 1].
-    """
-    low, high = ((images + way).clamp(*bounds) for way in (-epsilon, epsilon))
-    moved = adversarial - images
-    room = torch.where(gradient > 0, high > images, low < images) & (gradient != 0)
-    agrees = (moved.sign() == gradient.sign()) & room
-    near = 0.01 * epsilon  # tanh never is 1
-    edge = ((high - adversarial <= near) & (moved >= 0)) | ((adversarial - low <= near) & (moved <= 0))
-    return Quality(agrees.sum() / room.sum().clamp_min(1), edge.to(images.dtype).mean())
-
-
 def _check_scale(how: str) -> None:
     if how not in ("sample_std", "batch_max"):
         raise ValueError(f"Expected argument `gradient_scale` to be 'sample_std' or 'batch_max' but got {how!r}.")

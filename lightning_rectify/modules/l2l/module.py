@@ -3,7 +3,6 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,9 +13,10 @@ from lightning_rectify._lightning import LRSchedulerCallable, OptimizerCallable
 from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.attacks.common import attacking
 from lightning_rectify.attacks.gradient import pgd
+from lightning_rectify.attacks.quality import attack_quality
 from lightning_rectify.modules.l2l.attackers import build_attacker
 from lightning_rectify.modules.l2l.costs import Passes, count_passes, example_inputs, forward_ratio
-from lightning_rectify.modules.l2l.learned import Perturbed, attack_quality
+from lightning_rectify.modules.l2l.learned import Perturbed
 from lightning_rectify.modules.l2l.losses import robust_cross_entropy, trades_loss
 from lightning_rectify.modules.l2l.networks import PixelClassifier, build_classifier
 from lightning_rectify.modules.l2l.settings import (
@@ -30,6 +30,7 @@ from lightning_rectify.modules.l2l.settings import (
 from lightning_rectify.modules.l2l.training_attack import TrainingAttack
 from lightning_rectify.modules.minimax import MinimaxModule
 from lightning_rectify.nn.modes import evaluating
+from lightning_rectify.seeds import derive_seed
 
 Batch = tuple[Tensor, Tensor]
 
@@ -57,7 +58,7 @@ class L2LDefense(MinimaxModule):
     ``val_attack_steps``), ``val/own_attack_accuracy`` (what training attacks with: never a measure of robustness; far
     above the robust accuracy it says that the attack has collapsed). The same for ``test``. For an attacker that sees
     the gradient also ``STAGE/attack_agreement`` and ``STAGE/attack_saturation`` (see
-    :class:`~lightning_rectify.modules.l2l.learned.Quality`). :attr:`passes` says what a step costs.
+    :class:`~lightning_rectify.attacks.quality.Quality`). :attr:`passes` says what a step costs.
 
     Override ``joint_loss``, ``classifier_loss`` or ``attacker_loss`` to train for something else. Networks given as
     objects are not in saved hyperparameters: load with ``load_from_checkpoint(path, classifier=network)``.
@@ -350,8 +351,7 @@ class L2LDefense(MinimaxModule):
     def _own_attack(self, images: Tensor, labels: Tensor) -> Perturbed:
         """What training attacks with, against what ``forward`` computes with, all in evaluation mode."""
         model = self.averaged("classifier")
-        generator = torch.Generator(images.device)
-        generator.manual_seed(self.eval_seed)
+        generator = torch.Generator(images.device).manual_seed(self.eval_seed)
         if not self.learned:
             return Perturbed(self.training_attack.fixed(model, images, labels, generator), None)
         with attacking(model, self.attacker), torch.no_grad():
@@ -367,7 +367,7 @@ class L2LDefense(MinimaxModule):
         if perturbed.gradient is None:
             return
         quality = attack_quality(images, perturbed.images, perturbed.gradient, self.epsilon, self.bounds)
-        values = {f"{stage}/attack_{name}": value for name, value in quality._asdict().items()}
+        values = {f"{stage}/attack_{name}": value.mean() for name, value in quality._asdict().items()}
         self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------------
@@ -406,9 +406,8 @@ class L2LDefense(MinimaxModule):
         return self(images).argmax(dim=1)
 
     def _start_evaluation(self) -> None:
-        sequence = np.random.SeedSequence([self.eval_seed, self.global_rank])
-        self._eval_generator = torch.Generator(self.device)
-        self._eval_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        seed = derive_seed(self.eval_seed, self.global_rank)
+        self._eval_generator = torch.Generator(self.device).manual_seed(seed)
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         images, labels, good = self._checked(batch)

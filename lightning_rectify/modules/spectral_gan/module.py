@@ -3,7 +3,6 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
@@ -20,6 +19,7 @@ from lightning_rectify.nn.controls import Control
 from lightning_rectify.nn.modes import evaluating
 from lightning_rectify.nn.spectral import project, rebuilt_once, spectral_control, spectral_penalty
 from lightning_rectify.optim.rectified_adam import RectifiedAdam
+from lightning_rectify.seeds import derive_seed
 
 
 def adam_of_games(params: Any) -> Optimizer:
@@ -319,14 +319,11 @@ class SpectralGAN(MinimaxModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """As many images as the batch has examples, of their classes if conditional; a function of batch and rank."""
         images, labels = (batch[0], self._labels(batch)) if isinstance(batch, (tuple, list)) else (batch, None)
-        sequence = np.random.SeedSequence([self.eval_seed, self.global_rank, dataloader_idx, batch_idx])
-        seed = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        seed = derive_seed(self.eval_seed, self.global_rank, dataloader_idx, batch_idx)
         return self.sample(len(images), seed=seed, labels=labels)
 
     def _start_evaluation(self) -> None:
-        sequence = np.random.SeedSequence([self.eval_seed, self.global_rank])
-        self._eval_generator = torch.Generator()
-        self._eval_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        self._eval_generator = torch.Generator().manual_seed(derive_seed(self.eval_seed, self.global_rank))
 
     def _evaluate(self, batch: Any) -> None:
         if self.metrics is None:

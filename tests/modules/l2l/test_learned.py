@@ -8,11 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_rectify._lightning import seed_everything
-from lightning_rectify.attacks.common import input_gradient
-from lightning_rectify.attacks.gradient import fgsm
 from lightning_rectify.modules.image_networks import SmallCNN
 from lightning_rectify.modules.l2l.attackers import build_attacker
-from lightning_rectify.modules.l2l.learned import attack_quality, learned_attack, scale_gradient
+from lightning_rectify.modules.l2l.learned import learned_attack, scale_gradient
 
 EPSILON = 0.1
 
@@ -165,25 +163,3 @@ def test_an_attacker_of_the_wrong_shape_is_named(game):
     classifier, _, images, labels = game
     with pytest.raises(ValueError, match=r"`attacker`.*\(6, 2, 8, 8\) to \(6, 1, 8, 8\).*got \(6, 2, 8, 8\)"):
         learned_attack(nn.Identity(), classifier, images, labels, EPSILON)
-
-
-# -- how good it is ----------------------------------------------------------------------------------------------------
-
-
-def test_fgsm_agrees_everywhere_and_is_saturated(game):
-    classifier, _, images, labels = game
-    classifier.eval()
-    gradient, _, _ = input_gradient(classifier, images, labels)
-    quality = attack_quality(images, fgsm(classifier, images, labels, EPSILON), gradient, EPSILON)
-    assert quality.agreement.item() == 1
-    assert quality.saturation.item() == 1
-
-
-def test_agreement_and_saturation_by_hand():
-    images = torch.tensor([0.0, 0.0, 0.5, 0.5, 0.5]).view(1, 1, 1, 5)
-    gradient = torch.tensor([-1.0, 1.0, 1.0, -1.0, 0.0]).view(1, 1, 1, 5)
-    # black and pushed down: no room; up, all the way; up, half; up against the gradient, all the way; not moved.
-    attacked = images + torch.tensor([0.0, 0.1, 0.05, 0.1, 0.0]).view(1, 1, 1, 5)
-    quality = attack_quality(images, attacked, gradient, EPSILON)
-    assert quality.agreement.item() == pytest.approx(2 / 3)
-    assert quality.saturation.item() == pytest.approx(3 / 5)
