@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_rectify._lightning import LightningDataModule
 from lightning_rectify.arguments import came, check_least, check_types
 from lightning_rectify.data.domain_sources import DOMAINS, Images, count_classes, read_domain
-from lightning_rectify.data.image_datasets import ArrayImages, pairs, stratified_take
-from lightning_rectify.data.resumable import ResumableLoader, training_loader
+from lightning_rectify.data.image_datasets import ArrayImages, stratified_take
+from lightning_rectify.data.resumable import ResumableLoader, loader_options, training_loader
 from lightning_rectify.data.transport import Pairs
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -170,13 +170,7 @@ class DomainPairs(LightningDataModule):
         return DataLoader(self._parts[part], batch_size=self.eval_batch_size, **self._options())
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": pairs,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            # Each iteration draws a seed for the workers: from here, not from the global generator.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
+        return loader_options(self.seed, self.num_workers)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 

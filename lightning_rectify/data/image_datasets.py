@@ -23,11 +23,6 @@ _SMALL = 96  # side up to which images on disk are treated as those in memory ar
 _CHUNK = 2**24  # pixels that are floats at one time while images are resized: 64 MiB
 
 
-def pairs(batch: Batch) -> Batch:
-    """The ``collate_fn`` of datasets that return whole batches: nothing is left to do."""
-    return batch
-
-
 def stratified_take(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Take ``size`` samples at random, each class in proportion to its share (to within one sample).
 

@@ -15,12 +15,11 @@ from lightning_rectify.data.image_datasets import (
     ArrayImages,
     FileImages,
     file_transforms,
-    pairs,
     resize,
     split,
 )
 from lightning_rectify.data.image_sources import SOURCES, folder, in_memory, open_part
-from lightning_rectify.data.resumable import ResumableLoader, training_loader
+from lightning_rectify.data.resumable import ResumableLoader, loader_options, training_loader
 
 _NORMALIZATIONS = {"dataset": None, "symmetric": (0.5, 0.5), "unit": (0.0, 1.0)}  # mean and std of each channel
 
@@ -178,7 +177,7 @@ class ImageData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches of one size; resumes in the middle of an epoch."""
         dataset = self._parts["train"]
-        return training_loader(dataset, self.batch_size, self.seed, self.trainer, "images", **self._loader_options())
+        return training_loader(dataset, self.batch_size, self.seed, self.trainer, "images", **self._options())
 
     def val_dataloader(self) -> Any:
         """The validation part in order; no loader if ``val_size`` is 0."""
@@ -235,17 +234,10 @@ class ImageData(LightningDataModule):
     # -- parts and loaders ---------------------------------------------------------------------------------------------
 
     def _eval_loader(self, part: str) -> DataLoader[Any]:
-        return DataLoader(self._parts[part], batch_size=self.eval_batch_size, **self._loader_options())
+        return DataLoader(self._parts[part], batch_size=self.eval_batch_size, **self._options())
 
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": pairs,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": self.pin_memory,
-            # Each iteration draws a seed for the workers: from here, not from the global generator that dropout reads.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
+    def _options(self) -> dict[str, Any]:
+        return loader_options(self.seed, self.num_workers, self.pin_memory)
 
     def _read_training_part(self) -> dict[str, ArrayImages | FileImages]:
         if self.source.on_disk:

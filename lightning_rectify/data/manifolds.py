@@ -14,7 +14,7 @@ from lightning_rectify.data.array_files import check_source, read_samples
 from lightning_rectify.data.image_datasets import as_count, split
 from lightning_rectify.data.image_sources import SOURCES, in_memory
 from lightning_rectify.data.manifold_samples import EMBEDDINGS, MANIFOLDS, embed
-from lightning_rectify.data.resumable import ResumableLoader, training_loader
+from lightning_rectify.data.resumable import ResumableLoader, loader_options, training_loader
 
 _PARTS = ("train", "val", "test")
 
@@ -171,13 +171,7 @@ class ManifoldData(LightningDataModule):
         return DataLoader(self._parts[part], batch_size=self.eval_batch_size, **self._options())
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": _whole,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            # Each iteration draws a seed for the workers: from here, not from the global generator.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
+        return loader_options(self.seed, self.num_workers)
 
     # -- the parts -----------------------------------------------------------------------------------------------------
 
@@ -251,11 +245,6 @@ class LabelledPoints(Dataset[tuple[Tensor, Tensor]]):
         """Rows of x and of y for a list of keys."""
         rows = torch.tensor([key[1] if isinstance(key, tuple) else key for key in keys])
         return self.x[rows], self.y[rows]
-
-
-def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The dataset makes whole batches: nothing is left to do."""
-    return batch
 
 
 def _check(name: str | None, drawn: bool, given: dict[str, Any]) -> None:

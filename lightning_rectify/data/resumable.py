@@ -5,6 +5,7 @@ from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_rectify._lightning import Trainer
@@ -156,6 +157,28 @@ class _Skipping:
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+
+def loader_options(seed: int, num_workers: int = 0, pin_memory: bool = False) -> dict[str, Any]:
+    """What all DataLoaders of data sets that make whole batches themselves are given.
+
+    Args:
+        seed: from it each iteration draws what its workers need: not from the global generator, which dropout reads.
+        num_workers: processes, which stay from epoch to epoch.
+        pin_memory: of the DataLoader.
+    """
+    return {
+        "collate_fn": _as_it_is,
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": pin_memory,
+        "generator": torch.Generator().manual_seed(seed),
+    }
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Nothing is left to collate. A named function: workers that are spawned unpickle it."""
+    return batch
 
 
 def training_loader(

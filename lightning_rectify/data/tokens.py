@@ -5,14 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import LightningDataModule
 from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.data import grammar
 from lightning_rectify.data.aligned_texts import find, read_lines
-from lightning_rectify.data.resumable import EpochSampler, ResumableLoader
+from lightning_rectify.data.resumable import EpochSampler, ResumableLoader, loader_options
 from lightning_rectify.data.token_batches import TokenBatchSampler
 from lightning_rectify.data.token_streams import (
     EncodedSentences,
@@ -21,7 +20,7 @@ from lightning_rectify.data.token_streams import (
     TrainingStreams,
     WholeSentences,
 )
-from lightning_rectify.words import TextBatch, WordVocabulary
+from lightning_rectify.words import WordVocabulary
 
 _DATASETS = ("grammar", "one_billion_words", "files")
 _GRAMMAR = {"train": 20_000, "val": 1_000, "test": 2_000}  # sizes of the embedded parts
@@ -148,7 +147,7 @@ class TokenData(LightningDataModule):
         )  # fmt: skip
         # The sampler counts batches, the same on each rank; which of their streams are a rank's, the dataset knows.
         sampler = EpochSampler(streams, shuffle=False)
-        return ResumableLoader(streams, sampler=sampler, trainer=self.trainer, **self._loader_options())
+        return ResumableLoader(streams, sampler=sampler, trainer=self.trainer, **self._options())
 
     def val_dataloader(self) -> Any:
         """Windows of the validation part; no loader if there is none."""
@@ -168,7 +167,7 @@ class TokenData(LightningDataModule):
         sampler = TokenBatchSampler(
             sentences.lengths, batch_size=self.eval_batch_size, num_replicas=share.ranks, rank=share.rank, shuffle=False
         )
-        return DataLoader(sentences, sampler=sampler, **self._loader_options())
+        return DataLoader(sentences, sampler=sampler, **self._options())
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
@@ -251,16 +250,11 @@ class TokenData(LightningDataModule):
     def _eval_loader(self, part: str) -> DataLoader[Any]:
         streams = EvaluationStreams(self._encode_part(part), self.eval_streams, self.bptt, self._share())
         # A sampler that Lightning leaves in place: the streams are shared out already.
-        return DataLoader(streams, sampler=_InOrder(streams), **self._loader_options())
+        return DataLoader(streams, sampler=_InOrder(streams), **self._options())
 
-    def _loader_options(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """No workers: a batch is cut out of an array, which they would copy."""
-        return {
-            "batch_size": None,  # a key is a batch already
-            "collate_fn": _as_it_is,
-            # Each iteration draws a seed for workers: from here, not from the global generator that dropout reads.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
+        return {"batch_size": None, **loader_options(self.seed)}  # a key is a batch already
 
 
 class _InOrder(EpochSampler):
@@ -271,7 +265,3 @@ class _InOrder(EpochSampler):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(range(len(self.dataset)))  # type: ignore[arg-type]
-
-
-def _as_it_is(batch: TextBatch) -> TextBatch:
-    return batch

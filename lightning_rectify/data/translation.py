@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import LightningDataModule, rank_zero_info
@@ -21,9 +20,9 @@ from lightning_rectify.data.aligned_texts import (
     read_pairs,
 )
 from lightning_rectify.data.number_words import LANGUAGES, number_pairs
-from lightning_rectify.data.resumable import ResumableLoader
+from lightning_rectify.data.resumable import ResumableLoader, loader_options
 from lightning_rectify.data.token_batches import EncodedPairs, EncodedTexts, TokenBatchSampler
-from lightning_rectify.text import TranslationBatch, Vocabulary
+from lightning_rectify.text import Vocabulary
 
 _DATASETS = ("numbers", "multi30k", "files")
 _KINDS = ("bpe", "unigram", "char")
@@ -191,7 +190,7 @@ class TranslationData(LightningDataModule):
         sampler = self._sampler(
             pairs, batch_tokens=self.batch_tokens, batch_size=self.batch_size, shuffle=True, seed=self.seed
         )
-        return ResumableLoader(pairs, sampler=sampler, trainer=self.trainer, **self._loader_options())
+        return ResumableLoader(pairs, sampler=sampler, trainer=self.trainer, **self._options())
 
     def val_dataloader(self) -> Any:
         """The validation part, sorted by length; no loader if there is none."""
@@ -347,22 +346,11 @@ class TranslationData(LightningDataModule):
 
     def _eval_loader(self, pairs: EncodedPairs) -> DataLoader[Any]:
         sampler = self._sampler(pairs, batch_size=self.eval_batch_size, shuffle=False)
-        return DataLoader(pairs, sampler=sampler, **self._loader_options())
+        return DataLoader(pairs, sampler=sampler, **self._options())
 
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "batch_size": None,  # a key is a batch already
-            "collate_fn": _as_it_is,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": self.pin_memory,
-            # Each iteration draws a seed for the workers: from here, not from the global generator that dropout reads.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
-
-
-def _as_it_is(batch: TranslationBatch) -> TranslationBatch:
-    return batch
+    def _options(self) -> dict[str, Any]:
+        # A key is a batch already.
+        return {"batch_size": None, **loader_options(self.seed, self.num_workers, self.pin_memory)}
 
 
 def _encode(vocabulary: Vocabulary, lines: list[str]) -> EncodedTexts:

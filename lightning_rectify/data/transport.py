@@ -12,7 +12,7 @@ from lightning_rectify._lightning import LightningDataModule
 from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.data.array_files import check_source, read_samples
 from lightning_rectify.data.image_datasets import as_count
-from lightning_rectify.data.resumable import ResumableLoader, training_loader
+from lightning_rectify.data.resumable import ResumableLoader, loader_options, training_loader
 from lightning_rectify.data.transport_truths import TransportProblem, TransportTruth, make_problem
 
 _VAL, _TEST, _LOOK, _FIXED = 2**62, 2**62 + 1, 2**62 + 2, 2**62 + 3  # streams that no epoch has
@@ -174,13 +174,7 @@ class TransportData(LightningDataModule):
         return draw(self.problem, count, [self.seed, stream])
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": _whole,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            # Each iteration draws a seed for the workers: from here, not from the global generator.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
+        return loader_options(self.seed, self.num_workers)
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
@@ -259,8 +253,3 @@ def draw(problem: TransportProblem, count: int, seed: Sequence[int]) -> tuple[Te
     sides = (problem.draw_x, problem.draw_y)
     x, y = (side(count, np.random.default_rng([*seed, number])) for number, side in enumerate(sides))
     return torch.from_numpy(x).float(), torch.from_numpy(y).float()
-
-
-def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The datasets make whole batches: nothing is left to do."""
-    return batch
