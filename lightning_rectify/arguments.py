@@ -1,17 +1,19 @@
 """Whether arguments are what their annotations say: the half of a check that is the same in every constructor.
 
-Ranges, choices of words and what depends on other arguments are the constructor's own; it may rely on the types.
+What depends on other arguments is the constructor's own; it may rely on the types.
 """
 
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache
 from itertools import repeat
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 _LONGEST = 120  # characters of a value in a message
+_FEW = 3  # choices that a message joins by "or"
 
 
 def check_types(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
@@ -71,6 +73,46 @@ def check_above(bound: float, /, **numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not bound < value < math.inf:
             raise ValueError(f"Expected argument `{name}` to be a finite number above {bound} but got {value!r}.")
+
+
+def check_fraction(**numbers: float | None) -> None:
+    """Refuse numbers outside [0, 1): probabilities of dropping, decays of averages; None passes.
+
+    Args:
+        numbers: by name of the argument.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    for name, value in numbers.items():
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"Expected argument `{name}` to be in [0, 1) but got {value!r}.")
+
+
+def check_choice(choices: Iterable[str | None], /, **values: object) -> None:
+    """Refuse a value that is not among the choices; the message names the one that is nearly the same, if there is one.
+
+    Args:
+        choices: words, and None if there need not be one.
+        values: by name of the argument.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> check_choice(("batch", "group", None), norm="grup")
+        Traceback (most recent call last):
+        ValueError: Expected argument `norm` to be 'batch', 'group' or None but got 'grup'. Did you mean 'group'?
+    """
+    known = list(choices)
+    for name, value in values.items():
+        if (value is not None and not isinstance(value, str)) or value not in known:
+            *first, last = map(repr, known) if len(known) <= _FEW else map(str, known)
+            said = f"{', '.join(first)} or {last}" if len(known) <= _FEW else f"one of {', '.join([*first, last])}"
+            words = [word for word in known if word is not None]
+            near = get_close_matches(value, words, n=1) if isinstance(value, str) else []
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"Expected argument `{name}` to be {said} but got {came(value)}.{hint}")
 
 
 def came(value: Any) -> str:

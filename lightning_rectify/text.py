@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_least, check_types
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 """Ids of padding, of what a vocabulary does not know, and of a sentence's beginning and end; in each vocabulary."""
@@ -95,8 +95,7 @@ class Vocabulary:
         check_types(Vocabulary.train, locals())
         from sentencepiece import SentencePieceTrainer
 
-        if kind not in _KINDS:
-            raise ValueError(f"Expected argument `kind` to be one of {', '.join(_KINDS)} but got {kind!r}.")
+        check_choice(_KINDS, kind=kind)
         check_least(5, size=size)
         if not 0.98 <= character_coverage <= 1:
             raise ValueError(

@@ -96,7 +96,7 @@ def test_a_long_line_is_learnt_from():
         ({"size": 20}, r"`size`.*at least \d+, the characters.*got 20"),
         ({"size": 5000}, r"`size`.*at most \d+, the units.*got 5000"),
         ({"size": 5000, "kind": "unigram"}, r"`size`.*at most \d+.*got 5000"),
-        ({"size": 60, "kind": "word"}, "`kind`.*bpe, unigram, char.*'word'"),
+        ({"size": 60, "kind": "word"}, "`kind` to be 'bpe', 'unigram' or 'char' but got 'word'"),
         ({"size": 60, "character_coverage": 0.0}, "`character_coverage`.*got 0.0"),
         ({"size": 60, "character_coverage": 1.1}, "`character_coverage`.*got 1.1"),
         ({"sentences": [], "size": 60}, "`sentences`.*got none"),

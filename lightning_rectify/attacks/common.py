@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_least, check_types
 from lightning_rectify.attacks.ball import Ball, Norm
 from lightning_rectify.attacks.losses import Loss, loss_function
 from lightning_rectify.nn.modes import evaluating
@@ -228,8 +228,7 @@ def _version(buffer: Tensor) -> int | None:
 
 
 def _check_set(epsilon: float, norm: Norm, bounds: tuple[float, float]) -> None:
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"Expected argument `norm` to be 'linf' or 'l2' but got {norm!r}.")
+    check_choice(("linf", "l2"), norm=norm)
     if len(bounds) != 2 or not -math.inf < bounds[0] < bounds[1] < math.inf:
         raise ValueError(f"Expected argument `bounds` to be two finite numbers, the lower first, but got {bounds!r}.")
     check_least(0, epsilon=epsilon)

@@ -1,6 +1,5 @@
 """``DomainPairs``: labelled images of one domain, unlabelled images of another."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.arguments import came, check_least, check_types
+from lightning_rectify.arguments import came, check_choice, check_least, check_types
 from lightning_rectify.data.domain_sources import DOMAINS, Images, count_classes, read_domain
 from lightning_rectify.data.image_datasets import ArrayImages, stratified_take
 from lightning_rectify.data.resumable import ResumableLoader, loader_options, training_loader
@@ -246,10 +245,7 @@ def _check_domain(side: str, domain: Any, root: str | None) -> None:
                 f"{came(domain)}."
             )
         return
-    if domain not in DOMAINS:
-        near = difflib.get_close_matches(domain, DOMAINS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Expected argument `{side}` to be one of {', '.join(DOMAINS)} but got {domain!r}.{hint}")
+    check_choice(DOMAINS, **{side: domain})
     if root is None and not domain.startswith("digits"):
         raise ValueError(f"Expected argument `{side}_root` (or `root`) to be the folder of {domain} but got None.")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_rectify.arguments import check_least
+from lightning_rectify.arguments import check_choice, check_least
 
 PARTS = ("train", "val", "test")
 
@@ -96,8 +96,7 @@ def sentences(part: str, size: int, seed: int = 0) -> list[str]:
     Raises:
         ValueError: for an argument outside its range.
     """
-    if part not in PARTS:
-        raise ValueError(f"Expected argument `part` to be one of {', '.join(PARTS)} but got {part!r}.")
+    check_choice(PARTS, part=part)
     check_least(0, size=size, seed=seed)
     numbers = _uniform([_TEST_SEED if part == "test" else seed, PARTS.index(part)])
     return [" ".join(_derive(numbers)) for _ in range(size)]

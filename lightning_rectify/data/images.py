@@ -1,6 +1,5 @@
 """``ImageData``: image classification datasets behind one set of arguments."""
 
-import difflib
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_least, check_types
 from lightning_rectify.data.image_datasets import (
     ArrayImages,
     FileImages,
@@ -84,20 +83,13 @@ class ImageData(LightningDataModule):
     ) -> None:
         check_types(ImageData, locals())
         super().__init__()
-        if dataset not in SOURCES:
-            near = difflib.get_close_matches(dataset, SOURCES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"Expected argument `dataset` to be one of {', '.join(SOURCES)} but got {dataset!r}.{hint}"
-            )
+        check_choice(SOURCES, dataset=dataset)
         self.source = SOURCES[dataset]
         if root is None and self.source.torchvision is not None:
             raise ValueError(f"Expected argument `root` to be the folder of the {dataset} data but got None.")
         if download and self.source.torchvision is not None and not self.source.downloads:
             raise ValueError(f"Expected argument `download` to be False for {dataset}, which cannot be fetched.")
-        if normalization not in _NORMALIZATIONS:
-            known = ", ".join(_NORMALIZATIONS)
-            raise ValueError(f"Expected argument `normalization` to be one of {known} but got {normalization!r}.")
+        check_choice(_NORMALIZATIONS, normalization=normalization)
         check_least(0, num_workers=num_workers, seed=seed)
         check_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
         check_least(1, image_size=image_size, train_size=train_size)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_least, check_types
 from lightning_rectify.data.array_files import check_source, read_samples
 from lightning_rectify.data.image_datasets import as_count, split
 from lightning_rectify.data.image_sources import SOURCES, in_memory
@@ -255,12 +255,9 @@ def _check(name: str | None, drawn: bool, given: dict[str, Any]) -> None:
         raise ValueError(f"Expected argument `dataset` to be None with points `x` but got {name!r}.")
     if given["y"] is not None and given["x"] is None:
         raise ValueError("Expected argument `y` to be None without points `x`.")
-    if name is not None and not drawn and name != "digits":
-        raise ValueError(f"Expected argument `dataset` to be one of digits, {', '.join(MANIFOLDS)} but got {name!r}.")
-    if given["embedding"] not in EMBEDDINGS:
-        raise ValueError(
-            f"Expected argument `embedding` to be one of {', '.join(EMBEDDINGS)} but got {given['embedding']!r}."
-        )
+    if name is not None:
+        check_choice(("digits", *MANIFOLDS), dataset=name)
+    check_choice(EMBEDDINGS, embedding=given["embedding"])
     check_least(0, **{argument: given[argument] for argument in ("noise", "label_noise", "num_workers", "seed")})
     check_least(1, **{argument: given[argument] for argument in ("batch_size", "train_size", "eval_batch_size")})
     for argument in ("noise", "label_noise"):

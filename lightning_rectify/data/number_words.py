@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_rectify.arguments import check_least
+from lightning_rectify.arguments import check_choice, check_least
 
 LANGUAGES = ("de", "en")
 PARTS = ("train", "val", "test")
@@ -74,8 +74,7 @@ def number_pairs(part: str, size: int, seed: int = 0) -> list[dict[str, str]]:
         >>> number_pairs("train", 2)[0].keys()
         dict_keys(['de', 'en'])
     """
-    if part not in PARTS:
-        raise ValueError(f"Expected argument `part` to be one of {', '.join(PARTS)} but got {part!r}.")
+    check_choice(PARTS, part=part)
     limit = 400_000 if part == "train" else 20_000
     if not 0 <= size <= limit:
         raise ValueError(f"Expected argument `size` to be in 0 to {limit} for {part} but got {size!r}.")

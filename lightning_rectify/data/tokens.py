@@ -1,6 +1,5 @@
 """``TokenData``: text of sentences, embedded or in files, as streams of words."""
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import LightningDataModule
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_least, check_types
 from lightning_rectify.data import grammar
 from lightning_rectify.data.aligned_texts import find, read_lines
 from lightning_rectify.data.resumable import EpochSampler, ResumableLoader, loader_options
@@ -177,12 +176,7 @@ class TokenData(LightningDataModule):
 
     def _refuse_wrong_source(self) -> None:
         """Check what depends on the kind of data: root and files."""
-        if self.dataset not in _DATASETS:
-            near = difflib.get_close_matches(self.dataset, _DATASETS, n=1)
-            raise ValueError(
-                f"Expected argument `dataset` to be one of {', '.join(_DATASETS)} but got {self.dataset!r}."
-                + (f" Did you mean {near[0]!r}?" if near else "")
-            )
+        check_choice(_DATASETS, dataset=self.dataset)
         if self.dataset == "one_billion_words" and self.root is None:
             raise ValueError("Expected argument `root` to be the folder of the two folders of shards but got None.")
         for part, name in self.files.items():

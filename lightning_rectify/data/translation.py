@@ -1,8 +1,6 @@
 """``TranslationData``: parallel text, embedded or in files, as batches of subwords."""
 
-import difflib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from lightning_rectify._lightning import LightningDataModule, rank_zero_info
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_least, check_types
 from lightning_rectify.data.aligned_texts import (
     MULTI30K_FILES,
     Aligned,
@@ -117,8 +115,8 @@ class TranslationData(LightningDataModule):
     ) -> None:
         check_types(TranslationData, locals())
         super().__init__()
-        _refuse_unknown("dataset", dataset, _DATASETS)
-        _refuse_unknown("vocabulary_kind", vocabulary_kind, _KINDS)
+        check_choice(_DATASETS, dataset=dataset)
+        check_choice(_KINDS, vocabulary_kind=vocabulary_kind)
         check_least(0, val_size=val_size, num_workers=num_workers, seed=seed)
         check_least(1, batch_tokens=batch_tokens, batch_size=batch_size, eval_batch_size=eval_batch_size)
         check_least(1, max_length=max_length, max_ratio=max_ratio, train_size=train_size, test_size=test_size)
@@ -217,8 +215,7 @@ class TranslationData(LightningDataModule):
         """Check what depends on the kind of data: languages, root and files."""
         known = LANGUAGES if self.dataset == "numbers" or self.download else (self.source, self.target)
         for side, language in (("source", self.source), ("target", self.target)):
-            if language not in known:
-                raise ValueError(f"Expected argument `{side}` to be one of {', '.join(known)} but got {language!r}.")
+            check_choice(known, **{side: language})
         if self.source == self.target:
             raise ValueError(
                 f"Expected argument `target` to be another language than the source but got {self.target!r}."
@@ -355,10 +352,3 @@ class TranslationData(LightningDataModule):
 
 def _encode(vocabulary: Vocabulary, lines: list[str]) -> EncodedTexts:
     return EncodedTexts([vocabulary.encode(line) for line in lines])
-
-
-def _refuse_unknown(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(value, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Expected argument `{name}` to be one of {', '.join(known)} but got {value!r}.{hint}")

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from scipy import linalg, special
 from torch import Tensor
 
+from lightning_rectify.arguments import check_choice
+
 Array = NDArray[np.float64]
 _TAIL = 0.999  # of the displacement, where it has no bound: further out lies 1 pair in 1,000
 
@@ -283,8 +285,7 @@ def make_problem(name: str, dim: int | None = None, cost: str | None = "squared"
         >>> round(truth.cost, 4), round(truth.independent_cost, 2)
         (5.6737, 9.3)
     """
-    if cost not in ("squared", "euclidean", None):
-        raise ValueError(f"Expected argument `cost` to be 'squared', 'euclidean' or None but got {cost!r}.")
+    check_choice(("squared", "euclidean", None), cost=cost)
     fixed = {"bures2": 2, "mixture1": 1}
     if dim is not None and (dim < 1 or fixed.get(name, dim) != dim):
         wanted = f"{fixed[name]} or None" if name in fixed else "at least 1"
@@ -295,8 +296,7 @@ def make_problem(name: str, dim: int | None = None, cost: str | None = "squared"
         "shift": lambda: shifted_gaussians(dim or 2, cost=cost),
         "mixture1": lambda: mixture1(cost),
     }
-    if name not in make:
-        raise ValueError(f"Expected argument `problem` to be one of {', '.join(make)} but got {name!r}.")
+    check_choice(make, problem=name)
     return make[name]()
 
 

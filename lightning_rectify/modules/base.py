@@ -18,7 +18,7 @@ from lightning_rectify._lightning import (
     make_up,
     mend_resume,
 )
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_choice, check_types
 from lightning_rectify.checkpoints import read_safely, require_whole
 from lightning_rectify.modules.sharding import class_of, number_as_module, shard
 from lightning_rectify.optim.rectified_adam import RectifiedAdam
@@ -75,10 +75,7 @@ class RectifiedModule(LightningModule):
     ) -> None:
         check_types(RectifiedModule, locals())
         super().__init__()
-        if lr_scheduler_interval not in ("step", "epoch"):
-            raise ValueError(
-                f"Expected argument `lr_scheduler_interval` to be 'step' or 'epoch' but got {lr_scheduler_interval!r}."
-            )
+        check_choice(("step", "epoch"), lr_scheduler_interval=lr_scheduler_interval)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval

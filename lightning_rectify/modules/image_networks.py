@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_fraction, check_least, check_types
 from lightning_rectify.nn.dropout import Dropout
 
 Norm = Literal["batch", "group", "none"]
@@ -88,10 +88,8 @@ class SmallCNN(nn.Module):
         check_types(SmallCNN, locals())
         super().__init__()
         check_least(1, width=width)
-        if norm not in ("batch", "group", "none"):
-            raise ValueError(f"Expected argument `norm` to be 'batch', 'group' or 'none' but got {norm!r}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"Expected argument `dropout` to be in [0, 1) but got {dropout}.")
+        check_choice(("batch", "group", "none"), norm=norm)
+        check_fraction(dropout=dropout)
         layers: list[nn.Module] = []
         channels = in_channels
         for stage in range(3):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_choice, check_types
 from lightning_rectify.nn._factors import (
     Settings,
     at_least_float32,
@@ -105,8 +105,7 @@ def spectral_control(
     check_types(spectral_control, locals())
     baseline = control if isinstance(control, str) and control in BASELINES else None
     controls = () if baseline else resolve_controls(control)
-    if start not in ("weight", "ones", "spread"):
-        raise ValueError(f"Expected argument `start` to be 'weight', 'ones' or 'spread' but got {start!r}.")
+    check_choice(("weight", "ones", "spread"), start=start)
     if not 0.0 <= orthogonality < math.inf:
         raise ValueError(f"Expected argument `orthogonality` to be a finite number >= 0 but got {orthogonality!r}.")
     if isinstance(retraction, bool) or not isinstance(retraction, int) or retraction < 0:

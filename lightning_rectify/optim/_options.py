@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import came
+from lightning_rectify.arguments import came, check_choice
 from lightning_rectify.optim.variance import Order, check_rectifies, rectification
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -88,10 +88,7 @@ def check_options(group: dict[str, Any]) -> None:
     if not 0.0 < beta2 < 1.0:
         raise ValueError(f"Expected argument `betas[1]` to be in (0, 1) but got {beta2}.")
     check_rectifies(beta2, group["threshold"], group["rectifier"])
-    if group["early_phase"] not in ("momentum", "skip", "adam"):
-        raise ValueError(
-            f"Expected argument `early_phase` to be 'momentum', 'skip' or 'adam' but got {group['early_phase']!r}."
-        )
+    check_choice(("momentum", "skip", "adam"), early_phase=group["early_phase"])
     excluded = [name for name in ("foreach", "capturable", "differentiable") if group[name]]
     if group["fused"] and excluded:
         raise ValueError(f"Expected argument `fused` to be False or None with {excluded[0]}=True but got True.")

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import came
+from lightning_rectify.arguments import came, check_choice
 
 Order = Literal["exact", "first_order"]
 Number = TypeVar("Number", float, Tensor)
@@ -122,8 +122,7 @@ def adaptive_rate_variance(rho: Number, order: Order = "exact") -> Number:
         >>> round(adaptive_rate_variance(5.0), 6), round(adaptive_rate_variance(5.0, "first_order"), 6)
         (0.251956, 0.833333)
     """
-    if not isinstance(order, str) or order not in ("exact", "first_order"):
-        raise ValueError(f"Expected argument `order` to be 'exact' or 'first_order' but got {came(order)}.")
+    check_choice(("exact", "first_order"), order=order)
     first_finite = 2.0 if order == "exact" else 4.0
     if isinstance(rho, Tensor):
         rho = rho.double()
@@ -251,8 +250,7 @@ def check_rectifies(beta2: float, threshold: float, rectifier: Order) -> None:
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    if not isinstance(rectifier, str) or rectifier not in ("first_order", "exact"):
-        raise ValueError(f"Expected argument `rectifier` to be 'first_order' or 'exact' but got {came(rectifier)}.")
+    check_choice(("first_order", "exact"), rectifier=rectifier)
     lowest = 4.0 if rectifier == "first_order" else 2.0
     if not _is_number(threshold) or not lowest <= threshold < math.inf:
         raise ValueError(

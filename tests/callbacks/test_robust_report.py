@@ -357,7 +357,7 @@ def test_normalized_images_are_refused():
     [
         ({"epsilon": 0.0}, "`epsilon` to be above 0"),
         ({"epsilon": 8.0}, r"`epsilon` to be at most 1.*8 / 255"),
-        ({"norm": "l1"}, "`norm` to be one of linf, l2"),
+        ({"norm": "l1"}, "`norm` to be 'linf' or 'l2'"),
         ({"bounds": (1.0, 0.0)}, "`bounds`"),
         ({"steps": ()}, "`steps`"),
         ({"steps": (0, 10)}, "`steps`"),

@@ -768,7 +768,7 @@ ROWS = (
             ({"dim": 0}, r"`dim`.*'auto' or in \[1, 64\].*got 0"),
             ({"dim": 65}, r"`dim`.*'auto' or in \[1, 64\].*got 65"),
             ({"dim": "pca"}, "`dim`.*'auto'.*got 'pca'"),
-            ({"expert": "spline"}, "`expert`.*one of polynomial, p1, mlp.*got 'spline'"),
+            ({"expert": "spline"}, "`expert` to be 'polynomial', 'p1' or 'mlp' but got 'spline'"),
             ({"degree": -1}, "`degree`.*'auto' or at least 0.*got -1"),
             ({"cells": 0}, "`cells`.*at least 1.*got 0"),
             ({"hidden": 0}, "`hidden`.*at least 1.*got 0"),

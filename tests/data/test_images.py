@@ -198,7 +198,7 @@ def test_missing_data_says_what_belongs_where(tmp_path, dataset, expected, stage
         ({"dataset": "cifar10"}, "`root`.*got None"),
         ({"dataset": "imagenet", "root": ".", "download": True}, "`download`"),
         ({"image_size": 0}, "`image_size`.*at least 1.*got 0"),
-        ({"normalization": "tanh"}, "`normalization`.*dataset, symmetric, unit.*got 'tanh'"),
+        ({"normalization": "tanh"}, "`normalization` to be 'dataset', 'symmetric' or 'unit' but got 'tanh'"),
         ({"batch_size": 0}, "`batch_size`.*got 0"),
         ({"eval_batch_size": 0}, "`eval_batch_size`.*got 0"),
         ({"num_workers": -1}, "`num_workers`.*got -1"),

@@ -160,7 +160,7 @@ def test_points_are_not_there_before_setup():
         ({"dataset": "sphere", "ambient_dim": 2}, "`ambient_dim`.*at least 3.*got 2"),
         ({"dataset": "moment_curve", "ambient_dim": 5}, "`ambient_dim`.*even.*got 5"),
         ({"ambient_dim": 5}, "`ambient_dim`.*None.*got 5"),
-        ({"dataset": "sphere", "embedding": "linear"}, "`embedding`.*one of orthogonal, sine.*got 'linear'"),
+        ({"dataset": "sphere", "embedding": "linear"}, "`embedding` to be 'orthogonal' or 'sine' but got 'linear'"),
         ({"dataset": "sphere", "noise": -0.1}, "`noise`.*at least 0.*got -0.1"),
         ({"label_noise": 0.1}, "`label_noise`.*0 without a manifold.*got 0.1"),
         ({"num_classes": 3}, "`num_classes`.*None without points.*got 3"),

@@ -346,7 +346,7 @@ def test_missing_files_are_said_in_setup(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"dataset": "grammer"}, r"`dataset`.*one of.*'grammer'.*Did you mean 'grammar'"),
+        ({"dataset": "grammer"}, r"`dataset` to be 'grammar'.*'grammer'. Did you mean 'grammar'"),
         ({"dataset": "one_billion_words"}, "`root`.*got None"),
         ({"train": "x.txt"}, "`train`.*None for grammar.*'x.txt'"),
         ({"min_count": 0}, "`min_count`.*at least 1.*got 0"),

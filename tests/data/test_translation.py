@@ -128,7 +128,7 @@ def test_names_of_months_and_days_are_babels_own_for_the_date():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("dev", 1), "`part`.*train, val, test.*'dev'"),
+        (("dev", 1), "`part` to be 'train', 'val' or 'test' but got 'dev'"),
         (("val", 20_001), "`size`.*20000 for val.*got 20001"),
         (("train", -1), "`size`.*got -1"),
         (("train", 1, -1), "`seed`.*got -1"),
@@ -366,10 +366,13 @@ def test_sizes_take_the_first_lines_and_no_validation_is_no_loader(corpus):
     ("arguments", "message"),
     [
         ({"dataset": "number"}, "`dataset`.*got 'number'. Did you mean 'numbers'"),
-        ({"source": "fr"}, "`source`.*de, en.*'fr'"),
+        ({"source": "fr"}, "`source` to be 'de' or 'en' but got 'fr'"),
         ({"source": "en"}, "`target`.*another language.*'en'"),
         ({"dataset": "multi30k"}, "`root`.*got None"),
-        ({"dataset": "multi30k", "root": ".", "download": True, "target": "fr"}, "`target`.*de, en.*'fr'"),
+        (
+            {"dataset": "multi30k", "root": ".", "download": True, "target": "fr"},
+            "`target` to be 'de' or 'en' but got 'fr'",
+        ),
         ({"dataset": "files", "download": True}, "`download`.*False for files"),
         ({"train": "x"}, "`train`.*None for numbers.*'x'"),
         ({"vocabulary_kind": "word"}, "`vocabulary_kind`.*'word'"),

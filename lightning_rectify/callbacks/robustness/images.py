@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_rectify._lightning import LightningDataModule
+from lightning_rectify.arguments import check_choice
 
 PARTS = ("test", "val")
 
@@ -29,8 +30,7 @@ def labelled_images(
     Raises:
         ValueError: for an argument outside its range, data that are none of these, and images outside the bounds.
     """
-    if part not in PARTS:
-        raise ValueError(f"Expected argument `part` to be one of {', '.join(PARTS)} but got {part!r}.")
+    check_choice(PARTS, part=part)
     if count is not None and count < 1:
         raise ValueError(f"Expected argument `max_images` to be at least 1, or None for all, but got {count!r}.")
     images, labels, taken = [], [], 0

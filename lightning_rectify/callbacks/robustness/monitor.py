@@ -17,7 +17,7 @@ from lightning_rectify._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_least, check_types
 from lightning_rectify.attacks.ball import Norm
 from lightning_rectify.attacks.common import attacking, input_gradient
 from lightning_rectify.attacks.gradient import pgd
@@ -139,8 +139,7 @@ class RobustnessMonitor(Callback):
         super().__init__()
         if epsilon is not None and not 0 < epsilon < float("inf"):
             raise ValueError(f"Expected argument `epsilon` to be above 0, or None, but got {epsilon!r}.")
-        if norm not in (None, "linf", "l2"):
-            raise ValueError(f"Expected argument `norm` to be 'linf', 'l2' or None but got {norm!r}.")
+        check_choice(("linf", "l2", None), norm=norm)
         check_least(0, examples=examples, seed=seed)
         check_least(1, every_n_epochs=every_n_epochs, max_images=max_images, steps=steps, restarts=restarts)
         if bounds is not None and not -float("inf") < bounds[0] < bounds[1] < float("inf"):

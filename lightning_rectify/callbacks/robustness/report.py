@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import came, check_least, check_types
+from lightning_rectify.arguments import came, check_choice, check_least, check_types
 from lightning_rectify.attacks.ball import Norm
 from lightning_rectify.attacks.common import Model, attacking, modules_of
 from lightning_rectify.callbacks._untouched import random_state, untouched
@@ -335,8 +335,7 @@ def _check(
 ) -> None:
     if not 0 < epsilon < float("inf"):
         raise ValueError(f"Expected argument `epsilon` to be above 0 (in pixel units) but got {epsilon!r}.")
-    if norm not in _NORMS:
-        raise ValueError(f"Expected argument `norm` to be one of {', '.join(_NORMS)} but got {norm!r}.")
+    check_choice(_NORMS, norm=norm)
     if len(bounds) != 2 or not bounds[0] < bounds[1]:
         raise ValueError(f"Expected argument `bounds` to be a smallest and a larger pixel value but got {bounds!r}.")
     if norm == "linf" and epsilon > bounds[1] - bounds[0]:

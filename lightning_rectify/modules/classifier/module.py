@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_fraction, check_least, check_types
 from lightning_rectify.modules.base import RectifiedModule
 from lightning_rectify.modules.image_networks import build_network
 
@@ -54,8 +54,7 @@ class ImageClassifier(RectifiedModule):
         super().__init__(**kwargs)
         check_least(1, in_channels=in_channels, image_size=image_size)
         check_least(2, num_classes=num_classes)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1) but got {label_smoothing}.")
+        check_fraction(label_smoothing=label_smoothing)
         if isinstance(network, nn.Module) and network_args:
             raise ValueError(
                 f"Expected argument `network_args` to be None for a network passed as an object but got {network_args}."

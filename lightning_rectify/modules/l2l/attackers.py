@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_least, check_types
 
 Norm = Literal["batch", "group", "none"]
 
@@ -46,8 +46,7 @@ def build_attacker(
     """
     check_types(build_attacker, locals())
     check_least(1, channels=channels)
-    if name not in _NAMED:
-        raise ValueError(f"Expected argument `attacker` to be one of {', '.join(_NAMED)} but got {name!r}.")
+    check_choice(_NAMED, attacker=name)
     inputs = 2 * channels if gradient else channels
     try:
         network = _NAMED[name](inputs, channels, **kwargs)
@@ -255,7 +254,6 @@ def _check_multiples(multiples: Sequence[int]) -> None:
 
 
 def _check(norm: str, gain: float) -> None:
-    if norm not in ("batch", "group", "none"):
-        raise ValueError(f"Expected argument `norm` to be 'batch', 'group' or 'none' but got {norm!r}.")
+    check_choice(("batch", "group", "none"), norm=norm)
     if not 0 < gain < math.inf:
         raise ValueError(f"Expected argument `gain` to be above 0 but got {gain!r}.")

@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_least, check_types
 from lightning_rectify.attacks.ball import Ball
 from lightning_rectify.attacks.common import attacking, check_labels_of, input_gradient
-from lightning_rectify.modules.l2l.settings import check_ball, check_choices
+from lightning_rectify.modules.l2l.settings import check_ball
 
 GradientScale = Literal["sample_std", "batch_max"]
 
@@ -52,7 +52,7 @@ def scale_gradient(gradient: Tensor, how: GradientScale = "sample_std") -> Tenso
         >>> scale_gradient(torch.tensor([1e-30, -1e-30, 0.0, 0.0]).view(1, 1, 2, 2)).flatten().tolist()
         [1.4142135381698608, -1.4142135381698608, 0.0, 0.0]
     """
-    _check_scale(how)
+    check_choice(get_args(GradientScale), how=how)
     dims = (0, 1, 2, 3) if how == "batch_max" else (1, 2, 3)
     largest = gradient.abs().amax(dims, keepdim=True)
     # By the largest value first: the squares of a confident classifier's gradient are 0 in float32.
@@ -112,7 +112,8 @@ def learned_attack(
     """
     check_types(learned_attack, locals())
     check_least(1, steps=steps)
-    check_choices(scale=(scale, get_args(GradientScale)), attack_bn=(attack_bn, ("eval", "train")))
+    check_choice(get_args(GradientScale), scale=scale)
+    check_choice(("eval", "train"), attack_bn=attack_bn)
     check_ball(epsilon, bounds, None, random_start)
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(
@@ -142,8 +143,3 @@ def learned_attack(
         # Not in the precision of autocast: near the ball's edge bfloat16 has steps of epsilon / 256.
         points = ball.project(points + epsilon * direction.to(images.dtype).tanh())
     return Perturbed(points, first)
-
-
-def _check_scale(how: str) -> None:
-    if how not in ("sample_std", "batch_max"):
-        raise ValueError(f"Expected argument `gradient_scale` to be 'sample_std' or 'batch_max' but got {how!r}.")

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_rectify._lightning import LRSchedulerCallable, OptimizerCallable
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_fraction, check_least, check_types
 from lightning_rectify.attacks.common import attacking
 from lightning_rectify.attacks.gradient import pgd
 from lightning_rectify.attacks.quality import attack_quality
@@ -22,7 +22,6 @@ from lightning_rectify.modules.l2l.networks import PixelClassifier, build_classi
 from lightning_rectify.modules.l2l.settings import (
     ATTACKS,
     check_ball,
-    check_choices,
     check_datamodule,
     check_pixels,
     fill_in,
@@ -165,13 +164,11 @@ class L2LDefense(MinimaxModule):
                 "attacker_optimizer": attacker_optimizer,
             },
         )
-        check_choices(
-            attack=(attack, ATTACKS),
-            variant=(variant, ("gradient", "naive")),
-            gradient_scale=(chosen["gradient_scale"], ("sample_std", "batch_max")),
-            order=(chosen["order"], ("joint", "alternate")),
-            attack_bn=(chosen["attack_bn"], ("eval", "train")),
-        )
+        check_choice(ATTACKS, attack=attack)
+        check_choice(("gradient", "naive"), variant=variant)
+        check_choice(("sample_std", "batch_max"), gradient_scale=chosen["gradient_scale"])
+        check_choice(("joint", "alternate"), order=chosen["order"])
+        check_choice(("eval", "train"), attack_bn=chosen["attack_bn"])
         self.learned = attack == "l2l"
         if not self.learned:
             self.players = ("classifier",)  # type: ignore[misc]
@@ -182,8 +179,7 @@ class L2LDefense(MinimaxModule):
         check_least(0, eval_seed=eval_seed, trades_beta=trades_beta)
         limits = [0.0, 1.0] if bounds is None else bounds
         check_ball(epsilon, limits, step_size, random_start)
-        if not 0 <= clean_weight < 1:
-            raise ValueError(f"Expected argument `clean_weight` to be in [0, 1) but got {clean_weight!r}.")
+        check_fraction(clean_weight=clean_weight)
         self.num_classes, self.in_channels = num_classes, in_channels
         self.epsilon, self.bounds = float(epsilon), (float(limits[0]), float(limits[1]))
         self.training_attack = TrainingAttack(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_fraction, check_least, check_types
 from lightning_rectify.modules.image_networks import build_network
 from lightning_rectify.nn.dropout import Dropout
 
@@ -108,8 +108,7 @@ class WideResNet(nn.Module):
         super().__init__()
         if depth < 10 or depth % 6 != 4:
             raise ValueError(f"Expected argument `depth` to be 6 n + 4, at least 10, but got {depth!r}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"Expected argument `dropout` to be in [0, 1) but got {dropout!r}.")
+        check_fraction(dropout=dropout)
         self.stem = _conv3x3(in_channels, 16)
         blocks: list[nn.Module] = []
         channels = 16

@@ -55,18 +55,6 @@ def fill_in(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
     return {name: _PRESETS[preset][name] if value is None else value for name, value in given.items()}
 
 
-def check_choices(**choices: tuple[Any, Sequence[str]]) -> None:
-    """Refuse a value that is not among its choices.
-
-    Args:
-        choices: by name of the argument, its value and the choices.
-    """
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            known = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
-            raise ValueError(f"Expected argument `{name}` to be {known} but got {value!r}.")
-
-
 def check_ball(epsilon: float, bounds: Sequence[float], step_size: float | None, random_start: float | None) -> None:
     """Refuse a ball that is not inside what pixels can be, or steps and starts that make no sense in it.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_fraction, check_least, check_types
 from lightning_rectify.nn.dropout import Dropout
 
 _INIT = 0.1  # embeddings begin uniform in +- this
@@ -32,8 +32,7 @@ class StackedLSTM(nn.Module):
         super().__init__()
         check_least(1, embedding_size=embedding_size, hidden_size=hidden_size, layers=layers)
         check_least(3, vocab_size=vocab_size)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"Expected argument `dropout` to be in [0, 1) but got {dropout!r}.")
+        check_fraction(dropout=dropout)
         self.embedding = nn.Embedding(vocab_size, embedding_size)
         nn.init.uniform_(self.embedding.weight, -_INIT, _INIT)
         widths = [embedding_size] + [hidden_size] * (layers - 1)

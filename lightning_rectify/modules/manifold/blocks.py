@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_above, check_least, check_types
+from lightning_rectify.arguments import check_above, check_choice, check_least, check_types
 from lightning_rectify.modules.manifold.graph import Affine, ReluGraph, concatenated
 from lightning_rectify.modules.manifold.layered import LayeredNetwork
 
@@ -145,8 +145,7 @@ class Product(ReluBlock):
 
     def __init__(self, levels: int, bound: float = 1.0, form: ProductForm = "two_squares") -> None:
         super().__init__()
-        if form not in ("three_squares", "two_squares"):
-            raise ValueError(f"Expected argument `form` to be 'three_squares' or 'two_squares' but got {form!r}.")
+        check_choice(("three_squares", "two_squares"), form=form)
         check_above(0, bound=bound)
         self.bound, self.form, self.square = float(bound), form, Square(levels)
 
@@ -294,8 +293,7 @@ class Indicator(ReluBlock):
 
     def __init__(self, low: float, high: float, slope: Slope = "steep") -> None:
         super().__init__()
-        if slope not in ("bounded", "steep"):
-            raise ValueError(f"Expected argument `slope` to be 'bounded' or 'steep' but got {slope!r}.")
+        check_choice(("bounded", "steep"), slope=slope)
         check_above(0, high=high)
         self.high, self.slope = float(high), slope
         if not 0.0 <= low < high:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_above, check_least, check_types
+from lightning_rectify.arguments import check_above, check_choice, check_least, check_types
 from lightning_rectify.modules.manifold.blocks import Indicator
 from lightning_rectify.modules.manifold.charts import TangentCharts
 from lightning_rectify.modules.manifold.factored import FactoredTaylorNet
@@ -47,8 +47,7 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse what is out of its range."""
         check_types(Options, vars(self))
-        if self.mode not in RECIPES:
-            raise ValueError(f"Expected argument `mode` to be one of {', '.join(RECIPES)} but got {self.mode!r}.")
+        check_choice(RECIPES, mode=self.mode)
         if (self.eps is None) == (self.grid is None):
             raise ValueError(
                 f"Expected argument `eps` or `grid` to be given, not both, but got eps={self.eps}, grid={self.grid}."
@@ -56,8 +55,7 @@ class Options:
         check_above(0, eps=self.eps)
         check_least(1, grid=self.grid, degree=self.degree, levels=self.levels, safety=self.safety)
         check_least(1, pairing_levels=self.pairing_levels, distance_levels=self.distance_levels)
-        if self.budget not in ("charts", "overlap"):
-            raise ValueError(f"Expected argument `budget` to be 'charts' or 'overlap' but got {self.budget!r}.")
+        check_choice(("charts", "overlap"), budget=self.budget)
         if self.eps is not None and (self.levels or self.pairing_levels or self.shell):
             raise ValueError("Expected argument `levels`, `pairing_levels` and `shell` to be None with `eps`.")
         if RECIPES[self.mode].local == "p1" and self.degree not in (None, 1):

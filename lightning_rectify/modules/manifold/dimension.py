@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_least, check_types
 from lightning_rectify.modules.manifold.dimension_local import Method, Neighborhoods
 from lightning_rectify.modules.manifold.geometry import MOST, checked_points
 
@@ -332,8 +332,7 @@ def _warn(values: Sequence[float], coarse: int, fine: int = _FINE) -> None:
 
 
 def _check(method: str, queries: int, bootstrap: int, confidence: float) -> None:
-    if method not in _NEIGHBORS:
-        raise ValueError(f"Expected argument `method` to be one of {', '.join(_NEIGHBORS)} but got {method!r}.")
+    check_choice(_NEIGHBORS, method=method)
     for name, value, low in (("queries", queries, 2), ("bootstrap", bootstrap, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"Expected argument `{name}` to be an integer >= {low} but got {value!r}.")

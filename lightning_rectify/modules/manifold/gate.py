@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_choice
 from lightning_rectify.modules.manifold.blocks import SignedSquare
 from lightning_rectify.modules.manifold.graph import Affine
 
@@ -54,8 +55,7 @@ class SquaredDistance(nn.Module):
         origin: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if form not in ("per_chart", "shared"):
-            raise ValueError(f"Expected argument `form` to be 'per_chart' or 'shared' but got {form!r}.")
+        check_choice(("per_chart", "shared"), form=form)
         if not 0.0 < radius <= 2.0 * bound:
             raise ValueError(f"Expected argument `radius` to be in (0, {2.0 * bound}] but got {radius!r}.")
         origin = torch.zeros_like(centers[0]) if origin is None else origin

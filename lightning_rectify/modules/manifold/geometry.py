@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_fraction, check_least, check_types
 from lightning_rectify.modules.manifold.charts import TangentCharts
 from lightning_rectify.modules.manifold.manifolds import Manifold
 from lightning_rectify.modules.manifold.sampling import estimated_reach, nearest_gap, reach_of
@@ -152,8 +152,7 @@ def reach(
     points = checked_points(points)
     if (tangents is None) == (d is None):
         raise ValueError(f"Expected argument `tangents` or `d` to be given, not both, but got d={d!r}.")
-    if not 0.0 <= quantile < 1.0:
-        raise ValueError(f"Expected argument `quantile` to be in [0, 1) but got {quantile!r}.")
+    check_fraction(quantile=quantile)
     if tangents is None:
         assert d is not None
         check_least(1, d=d)

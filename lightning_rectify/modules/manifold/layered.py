@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_rectify.arguments import check_choice
 from lightning_rectify.modules.manifold.graph import Affine, ReluGraph, concatenated
 
 Count = Literal["dag", "layered"]
@@ -116,8 +117,7 @@ class LayeredNetwork(nn.Module):
         Raises:
             ValueError: if ``count`` is unknown.
         """
-        if count not in ("dag", "layered"):
-            raise ValueError(f"Expected argument `count` to be 'dag' or 'layered' but got {count!r}.")
+        check_choice(("dag", "layered"), count=count)
         if count == "layered":
             layers = [self.layer(number) for number in range(self.depth)]
             return _size([(v, b) for _, _, v, b in layers], [len(b) for *_, b in layers[:-1]], self.depth)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_fraction, check_types
 from lightning_rectify.modules.manifold.charts import TangentCharts
 from lightning_rectify.modules.manifold.cover import INNER, farthest_order, lloyd, squared_distances, tangents
 from lightning_rectify.modules.manifold.geometry import checked_points
@@ -37,8 +37,7 @@ def noisy_charts(x: Tensor, d: int, charts: int, *, outside: float = 0.01) -> Ta
     for name, value, high in (("d", d, x.shape[1]), ("charts", charts, len(x))):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
             raise ValueError(f"Expected argument `{name}` to be an integer in [1, {high}] but got {value!r}.")
-    if not 0.0 <= outside < 1.0:
-        raise ValueError(f"Expected argument `outside` to be in [0, 1) but got {outside!r}.")
+    check_fraction(outside=outside)
     shift = x.mean(0)
     centred = (x - shift).double()
     centers = lloyd(centred, centred[farthest_order(centred, charts)])

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_rectify.arguments import check_least
+from lightning_rectify.arguments import check_choice, check_fraction, check_least
 from lightning_rectify.modules.manifold.experts import EXPERTS
 
 
@@ -29,8 +29,7 @@ def check(given: dict[str, Any]) -> None:
         raise ValueError(f"Expected argument `degree` to be 'auto' or at least 0 but got {degree!r}.")
     if radius != "auto" and (isinstance(radius, str) or not 0.0 < radius < float("inf")):
         raise ValueError(f"Expected argument `radius` to be 'auto' or a positive number but got {radius!r}.")
-    if not 0.0 <= given["dropout"] < 1.0:
-        raise ValueError(f"Expected argument `dropout` to be in [0, 1) but got {given['dropout']!r}.")
+    check_fraction(dropout=given["dropout"])
     if given["dropout"] > 0 and given["expert"] in ("polynomial", "p1"):
         raise ValueError(f"Expected argument `dropout` to be 0 without expert 'mlp' but got {given['dropout']!r}.")
     words = {
@@ -40,7 +39,6 @@ def check(given: dict[str, Any]) -> None:
         "outside": ("nearest", "mean"),
     }
     for name, allowed in words.items():
-        if given[name] not in allowed:
-            raise ValueError(f"Expected argument `{name}` to be one of {', '.join(allowed)} but got {given[name]!r}.")
+        check_choice(allowed, **{name: given[name]})
     if given["num_classes"] is not None and given["outputs"] != 1:
         raise ValueError(f"Expected argument `outputs` to be 1 with `num_classes` but got {given['outputs']!r}.")

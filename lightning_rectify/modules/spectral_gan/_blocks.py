@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rectify.arguments import check_choice
+
 Norm = Literal["batch", "group", "none"]
 
 
@@ -30,6 +32,7 @@ class ConditionalNorm(nn.Module):
 
     def __init__(self, channels: int, num_classes: int | None, norm: Norm, positions: int | None = None) -> None:
         super().__init__()
+        check_choice(("batch", "group", "none"), norm=norm)
         plain = num_classes is None
         self.flat = positions is not None and norm == "batch"
         self.norm: nn.Module
@@ -40,10 +43,8 @@ class ConditionalNorm(nn.Module):
         elif norm == "group":
             groups = next(g for g in range((channels + 7) // 8, channels + 1) if channels % g == 0)
             self.norm = nn.GroupNorm(groups, channels, affine=plain)
-        elif norm == "none":
-            self.norm = nn.Identity()
         else:
-            raise ValueError(f"Expected argument `norm` to be 'batch', 'group' or 'none' but got {norm!r}.")
+            self.norm = nn.Identity()
         self.scale = self.shift = None
         if num_classes is not None:
             self.scale, self.shift = nn.Embedding(num_classes, channels), nn.Embedding(num_classes, channels)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_rectify.arguments import check_choice
+
 
 @dataclass(frozen=True)
 class AdversarialLoss:
@@ -87,8 +89,7 @@ def get_loss(name: str) -> AdversarialLoss:
         >>> loss.discriminator(torch.tensor([0.5]), torch.tensor([0.5])).item(), loss.generator(torch.ones(3)).item()
         (2.0, -1.0)
     """
-    if name not in LOSSES:
-        raise ValueError(f"Expected argument `loss` to be one of {', '.join(LOSSES)} but got {name!r}.")
+    check_choice(LOSSES, loss=name)
     return LOSSES[name]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from lightning_rectify._lightning import OptimizerCallable
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_fraction, check_least, check_types
 from lightning_rectify.modules.minimax import MinimaxModule
 from lightning_rectify.modules.spectral_gan.features import FeatureExtractor
 from lightning_rectify.modules.spectral_gan.losses import get_loss, gradient_penalty, r1_penalty
@@ -105,8 +105,7 @@ class SpectralGAN(MinimaxModule):
     ) -> None:
         check_types(SpectralGAN, locals())
         check_least(1, n_dis=n_dis)
-        if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise ValueError(f"Expected argument `ema_decay` to be in [0, 1) or None but got {ema_decay}.")
+        check_fraction(ema_decay=ema_decay)
         super().__init__(
             turns={"discriminator": n_dis},
             averages=None if ema_decay is None else {"generator": ema_decay},
@@ -114,11 +113,7 @@ class SpectralGAN(MinimaxModule):
             **kwargs,
         )
         check_least(0, gradient_penalty=gradient_penalty, r1=r1, eval_seed=eval_seed)
-        if latent_distribution not in (None, "uniform", "normal"):
-            raise ValueError(
-                f"Expected argument `latent_distribution` to be 'uniform', 'normal' or None but got "
-                f"{latent_distribution!r}."
-            )
+        check_choice(("uniform", "normal", None), latent_distribution=latent_distribution)
         self.loss = get_loss(loss)
         generator, discriminator = build_networks(
             network, image_size=image_size, in_channels=in_channels, generator_width=generator_width,

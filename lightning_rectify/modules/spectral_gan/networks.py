@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_least
+from lightning_rectify.arguments import check_choice, check_least
 from lightning_rectify.modules.spectral_gan._blocks import (
     ConditionalNorm,
     DownBlock,
@@ -56,8 +56,7 @@ def build_networks(
         >>> images.shape, discriminator(images).shape
         (torch.Size([2, 3, 32, 32]), torch.Size([2]))
     """
-    if name not in ("cnn", "resnet"):
-        raise ValueError(f"Expected argument `network` to be 'cnn' or 'resnet' but got {name!r}.")
+    check_choice(("cnn", "resnet"), network=name)
     check_least(1, generator_width=generator_width, discriminator_width=discriminator_width)
     common: dict[str, Any] = {"image_size": image_size, "in_channels": in_channels, "num_classes": num_classes}
     ours: dict[str, Any] = {"norm": norm}

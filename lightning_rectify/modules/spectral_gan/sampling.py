@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_least
+from lightning_rectify.arguments import check_choice, check_least
 
 Distribution = Literal["uniform", "normal"]
 
@@ -41,7 +41,7 @@ def draw_latents(
     """
     check_least(0, count=count)
     check_least(1, latent_size=latent_size)
-    _check_distribution(distribution)
+    check_choice(_DISTRIBUTIONS, distribution=distribution)
     shape = (count, latent_size)
     source = generator.device if generator is not None else device
     if truncation is not None:
@@ -79,7 +79,7 @@ def truncated(
     Raises:
         ValueError: for an argument outside its range.
     """
-    _check_distribution(distribution)
+    check_choice(_DISTRIBUTIONS, distribution=distribution)
     if not threshold > 0.0:
         raise ValueError(f"Expected argument `threshold` to be positive but got {threshold}.")
     if distribution == "uniform" and threshold > 1.0:
@@ -244,11 +244,6 @@ def to_bytes(images: Tensor) -> Tensor:
         tensor([  0, 128, 255, 255], dtype=torch.uint8)
     """
     return ((images.detach().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
-
-
-def _check_distribution(distribution: str) -> None:
-    if distribution not in _DISTRIBUTIONS:
-        raise ValueError(f"Expected argument `distribution` to be 'uniform' or 'normal' but got {distribution!r}.")
 
 
 def _check_ends(a: Tensor, b: Tensor, t: Tensor) -> None:

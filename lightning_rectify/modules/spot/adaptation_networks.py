@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_least
+from lightning_rectify.arguments import check_choice, check_fraction, check_least
 from lightning_rectify.nn.dropout import Dropout
 
 Domain = Literal["source", "target"]
@@ -61,8 +61,7 @@ class DigitClassifier(nn.Module):
     ) -> None:
         super().__init__()
         check_least(2, num_classes=num_classes)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"Expected argument `dropout` to be in [0, 1) but got {dropout!r}.")
+        check_fraction(dropout=dropout)
         self.features = DigitFeatures(in_channels, image_size, width)
         self.dropout = Dropout(dropout)
         self.head = nn.Linear(width, num_classes)
@@ -149,8 +148,7 @@ class DigitPair(nn.Module):
         check_least(1, latent_size=latent_size)
         check_least(8, generator_width=width)
         check_least(SMALLEST, image_size=image_size)
-        if norm not in ("batch", "none"):
-            raise ValueError(f"Expected argument `norm` to be 'batch' or 'none' but got {norm!r}.")
+        check_choice(("batch", "none"), norm=norm)
         if width % 8:
             raise ValueError(f"Expected argument `generator_width` to be a multiple of 8 but got {width!r}.")
         self.latent_size = latent_size

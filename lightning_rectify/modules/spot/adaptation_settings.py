@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer
 
-from lightning_rectify.arguments import check_least
+from lightning_rectify.arguments import check_choice, check_fraction, check_least
 from lightning_rectify.modules.spot.adaptation_losses import Adversarial
 from lightning_rectify.optim.rectified_adam import RectifiedAdam
 
@@ -62,16 +62,11 @@ def resolve(method: str, given: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: for another method, and for arguments outside their range.
     """
-    if method not in METHODS:
-        raise ValueError(f"Expected argument `method` to be 'two_stage' or 'joint' but got {method!r}.")
+    check_choice(METHODS, method=method)
     base = METHODS[method]
     values = {field.name: getattr(base, field.name) for field in fields(base)}
     chosen = Settings(**{**values, **{name: value for name, value in given.items() if value is not None}})
-    if chosen.adversarial not in ("wasserstein", "logistic"):
-        raise ValueError(
-            f"Expected argument `adversarial` to be 'wasserstein' or 'logistic' but got {chosen.adversarial!r}."
-        )
-    if not 0 <= chosen.ema_decay < 1:
-        raise ValueError(f"Expected argument `ema_decay` to be in [0, 1) but got {chosen.ema_decay!r}.")
+    check_choice(("wasserstein", "logistic"), adversarial=chosen.adversarial)
+    check_fraction(ema_decay=chosen.ema_decay)
     check_least(0, penalty_weight=chosen.penalty_weight, augment=chosen.augment, decay_steps=chosen.decay_steps)
     return chosen

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rectify.arguments import check_types
+from lightning_rectify.arguments import check_choice, check_types
 
 CostFunction = Callable[[Tensor, Tensor], Tensor]
 Reduction = Literal["mean", "released"]
@@ -142,8 +142,7 @@ def check_reduction(reduction: str, name: str) -> None:
     Raises:
         ValueError: if not.
     """
-    if reduction not in ("mean", "released"):
-        raise ValueError(f"Expected argument `reduction` to be 'mean' or 'released' but got {reduction!r}.")
+    check_choice(("mean", "released"), reduction=reduction)
     if reduction == "released" and name not in ("euclidean", "contour"):
         raise ValueError(
             "Expected argument `reduction` to be 'mean' for a cost that the authors' code does not have (it has "

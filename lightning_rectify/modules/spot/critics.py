@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_rectify.arguments import check_least
+from lightning_rectify.arguments import check_choice, check_least
 from lightning_rectify.modules.spot.networks import dcgan_start, image_side, make_norm
 from lightning_rectify.nn.spectral import matrix_layers, spectral_control
 
@@ -169,8 +169,7 @@ def build_critics(
     check_least(1, critic_width=width, critic_depth=depth)
     if constraint == "groupsort" and width % 2:
         raise ValueError(f"Expected argument `critic_width` to be even with `groupsort` but got {width!r}.")
-    if norm not in ("batch", "none"):
-        raise ValueError(f"Expected argument `critic_norm` to be 'batch' or 'none' but got {norm!r}.")
+    check_choice(("batch", "none"), critic_norm=norm)
     if norm == "batch" and constraint != "clip":
         raise ValueError(
             "Expected argument `critic_norm` to be 'none' unless the constraint is 'clip' (a batch norm has no bounded "
@@ -198,10 +197,7 @@ def check_constraint(constraint: str) -> None:
     Raises:
         ValueError: if it is not.
     """
-    if constraint not in CONSTRAINTS:
-        raise ValueError(
-            f"Expected argument `constraint` to be one of {', '.join(CONSTRAINTS)} but got {constraint!r}."
-        )
+    check_choice(CONSTRAINTS, constraint=constraint)
 
 
 def constrain(network: nn.Module, constraint: Constraint) -> nn.Module:

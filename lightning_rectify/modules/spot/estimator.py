@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_rectify._lightning import Callback, Trainer
-from lightning_rectify.arguments import check_least
+from lightning_rectify.arguments import check_choice, check_least
 from lightning_rectify.modules.spot.metrics import TransportEstimate, estimate
 from lightning_rectify.modules.spot.plan import LOOK, PlanModule
 from lightning_rectify.modules.spot.transport_map import TransportMap
@@ -165,8 +165,7 @@ class PlanEstimator(PlanModule):
         return x, y
 
     def _carry(self, points: Tensor, pairs: tuple[Tensor, Tensor], mode: str, neighbours: int, seed: int) -> Tensor:
-        if mode not in ("mean", "sample"):
-            raise ValueError(f"Expected argument `mode` to be 'mean' or 'sample' but got {mode!r}.")
+        check_choice(("mean", "sample"), mode=mode)
         here, there = pairs
         carry = TransportMap(here, there, neighbours)
         if points.shape[1:] != here.shape[1:]:

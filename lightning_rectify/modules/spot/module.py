@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rectify._lightning import OptimizerCallable
-from lightning_rectify.arguments import check_above, check_least, check_types
+from lightning_rectify.arguments import check_above, check_fraction, check_least, check_types
 from lightning_rectify.modules.spot.costs import CostFunction, check_reduction, get_cost, gradient_norms, reduce_cost
 from lightning_rectify.modules.spot.critics import build_critics, clip_weights, gradient_penalty
 from lightning_rectify.modules.spot.density import PlanDensity
@@ -144,8 +144,7 @@ class SPOT(PlanDensity):
         check_least(1, critic_steps=chosen.critic_steps, latent_size=chosen.latent_size)
         check_least(2, eval_samples=eval_samples)
         check_above(0, penalty_weight=penalty_weight, clip=clip)
-        if not 0 <= chosen.ema_decay < 1:
-            raise ValueError(f"Expected argument `ema_decay` to be in [0, 1) but got {chosen.ema_decay!r}.")
+        check_fraction(ema_decay=chosen.ema_decay)
         if chosen.eta != "auto" and (isinstance(chosen.eta, str) or not 0 < chosen.eta < float("inf")):
             raise ValueError(f"Expected argument `eta` to be a finite number above 0 or 'auto' but got {chosen.eta!r}.")
         super().__init__(

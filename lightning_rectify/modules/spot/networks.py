@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_least
+from lightning_rectify.arguments import check_choice, check_least
 from lightning_rectify.modules.spot.ode import ODEPair
 
 Share = Literal["trunk", "none"]
@@ -221,10 +221,8 @@ def build_generator(
         torch.Size([4, 5])
     """
     check_least(1, latent_size=latent_size, width=width, depth=depth)
-    if share not in ("trunk", "none"):
-        raise ValueError(f"Expected argument `share` to be 'trunk' or 'none' but got {share!r}.")
-    if norm not in ("batch", "group", "none"):
-        raise ValueError(f"Expected argument `norm` to be 'batch', 'group' or 'none' but got {norm!r}.")
+    check_choice(("trunk", "none"), share=share)
+    check_choice(("batch", "group", "none"), norm=norm)
     _check_ode(network, dict(ode or {}), latent_size, math.prod(shape_x) + math.prod(shape_y))
     if isinstance(network, nn.Module):
         return PlanGenerator(_checked(network, shape_x, shape_y, latent_size), shape_x, shape_y)
@@ -233,8 +231,7 @@ def build_generator(
         "dcgan": lambda: DCGANPair(shape_x, shape_y, latent_size, width, share, norm),
         "ode": lambda: ODEPair(shape_x, shape_y, width, depth, **(ode or {})),
     }
-    if network not in make:
-        raise ValueError(f"Expected argument `generator` to be 'mlp', 'dcgan', 'ode' or a module but got {network!r}.")
+    check_choice(make, generator=network)
     return PlanGenerator(make[network](), shape_x, shape_y)
 
 

@@ -18,7 +18,7 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
-from lightning_rectify.arguments import check_above, check_least, check_types
+from lightning_rectify.arguments import check_above, check_choice, check_least, check_types
 
 Trace = Literal["exact", "hutchinson"]
 #: torchdiffeq's solvers with fixed steps; the others here choose their own
@@ -122,10 +122,8 @@ class ODEPair(nn.Module):
         check_types(ODEPair, locals())
         super().__init__()
         known = (*FIXED, *ADAPTIVE)
-        if method not in known:
-            raise ValueError(f"Expected argument `method` to be one of {', '.join(known)} but got {method!r}.")
-        if trace not in ("exact", "hutchinson"):
-            raise ValueError(f"Expected argument `trace` to be 'exact' or 'hutchinson' but got {trace!r}.")
+        check_choice(known, method=method)
+        check_choice(("exact", "hutchinson"), trace=trace)
         check_least(1, width=width, depth=depth, steps=steps)
         check_above(0, rtol=rtol, atol=atol)
         self.shape_x, self.shape_y = tuple(shape_x), tuple(shape_y)

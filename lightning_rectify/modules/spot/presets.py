@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
-from lightning_rectify.arguments import check_least
+from lightning_rectify.arguments import check_choice, check_fraction, check_least
 
 
 def rmsprop(params: Any, lr: float) -> Optimizer:
@@ -65,8 +65,7 @@ def resolve(preset: str, given: Mapping[str, Any]) -> Preset:
     Raises:
         ValueError: if there is no such preset.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"Expected argument `preset` to be one of {', '.join(PRESETS)} but got {preset!r}.")
+    check_choice(PRESETS, preset=preset)
     base = PRESETS[preset]
     settings = {field.name: getattr(base, field.name) for field in fields(base)}
     return Preset(**{**settings, **{name: value for name, value in given.items() if value is not None}})
@@ -94,8 +93,7 @@ class HoldThenDecay(LRScheduler):
 
     def __init__(self, optimizer: Optimizer, total_steps: int, hold: float = 0.5, final: float = 0.02) -> None:
         check_least(1, total_steps=total_steps)
-        if not 0 <= hold < 1:
-            raise ValueError(f"Expected argument `hold` to be in [0, 1) but got {hold!r}.")
+        check_fraction(hold=hold)
         if not 0 <= final <= 1:
             raise ValueError(f"Expected argument `final` to be in [0, 1] but got {final!r}.")
         self.total_steps, self.hold, self.final = total_steps, hold, final

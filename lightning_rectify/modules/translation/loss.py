@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rectify.arguments import check_least
+from lightning_rectify.arguments import check_fraction, check_least
 
 # Scores of a block, so many numbers: small enough for the cache's sake, large enough for the matrix products'.
 _BLOCK = {"cpu": 2**21}
@@ -143,6 +143,5 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: floa
             f"Expected argument `labels` to have shape ({len(hidden)},), a label for each row of `hidden`, but got "
             f"{tuple(labels.shape)}."
         )
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1) but got {label_smoothing}.")
+    check_fraction(label_smoothing=label_smoothing)
     check_least(1, block=block)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rectify._lightning import rank_zero_warn
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_fraction, check_least, check_types
 from lightning_rectify.modules.base import RectifiedModule
 from lightning_rectify.modules.translation.interface import TextInterface
 from lightning_rectify.modules.translation.loss import linear_cross_entropy
@@ -84,8 +84,7 @@ class Translator(TextInterface, RectifiedModule):
     ) -> None:
         check_types(Translator, locals())
         super().__init__(**kwargs)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1) but got {label_smoothing}.")
+        check_fraction(label_smoothing=label_smoothing)
         if not -float("inf") < length_penalty < float("inf"):
             raise ValueError(f"Expected argument `length_penalty` to be a finite number but got {length_penalty}.")
         check_least(1, beam_size=beam_size)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rectify.arguments import check_least, check_types
+from lightning_rectify.arguments import check_choice, check_fraction, check_least, check_types
 from lightning_rectify.modules.translation.attention import DecoderState
 from lightning_rectify.modules.translation.layers import DecoderLayer, Embedding, EncoderLayer, LayerOptions, Norm
 from lightning_rectify.text import PAD
@@ -68,7 +68,7 @@ class Transformer(nn.Module):
         check_least(2, width=width)
         check_least(1, heads=heads, feedforward=feedforward, max_length=max_length)
         check_least(1, encoder_layers=encoder_layers, decoder_layers=decoder_layers)
-        _check_shares(dropout=dropout, attention_dropout=attention_dropout, activation_dropout=activation_dropout)
+        check_fraction(dropout=dropout, attention_dropout=attention_dropout, activation_dropout=activation_dropout)
         _check_choices(width, heads, norm, positions)
         places = max_length if positions == "learned" else None
         options = LayerOptions(width, heads, feedforward, dropout, attention_dropout, activation_dropout, norm)
@@ -199,18 +199,10 @@ class Decoder(nn.Module):
         return torch.stack(weights)
 
 
-def _check_shares(**shares: float) -> None:
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"Expected argument `{name}` to be in [0, 1) but got {value}.")
-
-
 def _check_choices(width: int, heads: int, norm: str, positions: str) -> None:
     if width % heads or width % 2:
         raise ValueError(
             f"Expected argument `width` to be even and a multiple of the number of `heads`, {heads}, but got {width}."
         )
-    if norm not in ("post", "pre"):
-        raise ValueError(f"Expected argument `norm` to be 'post' or 'pre' but got {norm!r}.")
-    if positions not in ("sinusoidal", "learned"):
-        raise ValueError(f"Expected argument `positions` to be 'sinusoidal' or 'learned' but got {positions!r}.")
+    check_choice(("post", "pre"), norm=norm)
+    check_choice(("sinusoidal", "learned"), positions=positions)

@@ -54,7 +54,7 @@ def test_scaling_keeps_zeros_zero_tiny_gradients_alive_and_nan_nan(how):
 
 
 def test_unknown_scale_is_named():
-    with pytest.raises(ValueError, match=r"`gradient_scale`.*'sample_std' or 'batch_max'.*got 'std'"):
+    with pytest.raises(ValueError, match=r"`how`.*'sample_std' or 'batch_max'.*got 'std'"):
         scale_gradient(torch.ones(1, 1, 2, 2), "std")
 
 

@@ -237,7 +237,7 @@ def test_scikit_dimension():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: intrinsic_dimension(x, method="pca"), "`method` to be one of local_pca, twonn, mle but got 'pca'"),
+        (lambda x: intrinsic_dimension(x, method="pca"), "`method` to be 'local_pca', 'twonn' or 'mle' but got 'pca'"),
         (lambda x: intrinsic_dimension(x, neighbors=2), "`neighbors` to be an integer >= 3 but got 2"),
         (lambda x: intrinsic_dimension(x, method="mle", neighbors=50), "`neighbors` to be less than the 50 different"),
         (lambda x: intrinsic_dimension(x[:3]), "`points` to hold at least 4 different points but got 3"),

@@ -549,7 +549,7 @@ def test_data_that_do_not_fit_are_named(options, its, said, stage):
     ("options", "said"),
     [
         ({"n_dis": 0}, "`n_dis` to be at least 1 but got 0"),
-        ({"ema_decay": 1.0}, r"`ema_decay` to be in \[0, 1\) or None but got 1.0"),
+        ({"ema_decay": 1.0}, r"`ema_decay` to be in \[0, 1\) but got 1.0"),
         ({"gradient_penalty": -1.0}, "`gradient_penalty` to be at least 0 but got -1.0"),
         ({"r1": -1.0}, "`r1` to be at least 0 but got -1.0"),
         ({"eval_seed": -1}, "`eval_seed` to be at least 0 but got -1"),

@@ -356,7 +356,7 @@ def test_compiled_networks_leave_out_what_needs_second_derivatives():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"preset": "best"}, "`preset`.*one of spot.*got 'best'"),
+        ({"preset": "best"}, "`preset` to be 'spot' or 'spot_released' but got 'best'"),
         ({"shape_x": 0}, "`shape_x`.*above 0.*got 0"),
         ({"shape_y": []}, "`shape_y`.*above 0.*got"),
         ({"cost": "cosine"}, "`cost`.*one of squared.*got 'cosine'"),
