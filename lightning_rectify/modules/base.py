@@ -137,6 +137,25 @@ class RectifiedModule(LightningModule):
                 "AdaptiveRateMonitor cannot read."
             )
 
+    def check_datamodule(self, *names: str) -> None:
+        """Refuse a datamodule that says of its data what this module does not; call it in ``setup``.
+
+        Args:
+            names: attributes of this module, such as ``num_classes``. A datamodule that has none of that name, or None,
+                is not asked.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        for name in names:
+            theirs = getattr(datamodule, name, None)
+            if theirs is not None and theirs != getattr(self, name):
+                raise ValueError(
+                    f"Expected argument `{name}` of {type(self).__name__} to be {theirs!r}, the `{name}` of the "
+                    f"datamodule {type(datamodule).__name__}, but got {getattr(self, name)!r}."
+                )
+
     # -- Lightning's hooks ---------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:

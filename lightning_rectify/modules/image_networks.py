@@ -45,6 +45,26 @@ def build_network(name: str, num_classes: int, in_channels: int = 3, **kwargs: A
         ) from error
 
 
+def given_network(name: str, network: str | nn.Module, arguments: dict[str, Any] | None) -> nn.Module | None:
+    """The network, if it was passed as an object; None if it is the name of one to be built with the arguments.
+
+    Args:
+        name: of the argument.
+        network: what was passed.
+        arguments: of the constructor, for one given by name.
+
+    Raises:
+        ValueError: for an object with arguments.
+    """
+    if not isinstance(network, nn.Module):
+        return None
+    if arguments:
+        raise ValueError(
+            f"Expected argument `{name}_args` to be None for a network passed as an object but got {arguments!r}."
+        )
+    return network
+
+
 def _constructor(name: str, in_channels: int) -> Callable[..., nn.Module]:
     """What builds the network of this name when called with ``num_classes`` and its own arguments."""
     from torchvision import models

@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_rectify.arguments import check_fraction, check_least, check_types
 from lightning_rectify.modules.base import RectifiedModule
-from lightning_rectify.modules.image_networks import build_network
+from lightning_rectify.modules.image_networks import build_network, given_network
 
 
 class ImageClassifier(RectifiedModule):
@@ -55,13 +55,10 @@ class ImageClassifier(RectifiedModule):
         check_least(1, in_channels=in_channels, image_size=image_size)
         check_least(2, num_classes=num_classes)
         check_fraction(label_smoothing=label_smoothing)
-        if isinstance(network, nn.Module) and network_args:
-            raise ValueError(
-                f"Expected argument `network_args` to be None for a network passed as an object but got {network_args}."
-            )
-        if isinstance(network, str):
-            network = build_network(network, num_classes, in_channels, **(network_args or {}))
-        self.network = network
+        given = given_network("network", network, network_args)
+        if given is None:
+            given = build_network(str(network), num_classes, in_channels, **(network_args or {}))
+        self.network = given
         self.num_classes, self.in_channels, self.label_smoothing = num_classes, in_channels, label_smoothing
         # Labels outside the range fail in the loss; the metric's own check would read the device at every step.
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -71,14 +68,7 @@ class ImageClassifier(RectifiedModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a datamodule whose images or classes are not those the network was built for."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        for name in ("num_classes", "in_channels"):
-            theirs = getattr(datamodule, name, None)
-            if theirs is not None and theirs != getattr(self, name):
-                raise ValueError(
-                    f"Expected argument `{name}` of {type(self).__name__} to be {theirs}, the `{name}` of the "
-                    f"datamodule {type(datamodule).__name__}, but got {getattr(self, name)}."
-                )
+        self.check_datamodule("num_classes", "in_channels")
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""

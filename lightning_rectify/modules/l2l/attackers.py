@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rectify.arguments import check_choice, check_least, check_types
+from lightning_rectify.modules.image_networks import given_network
 
 Norm = Literal["batch", "group", "none"]
 
@@ -61,6 +62,32 @@ def build_attacker(
                 f"last convolution does not ({name!r}: `skip`), but got True."
             )
         _pass_gradient_on(network.head, channels)
+    return network
+
+
+def make_attacker(
+    attacker: str | nn.Module, arguments: dict[str, Any] | None, channels: int, gradient: bool, warm_start: bool | None
+) -> nn.Module:
+    """The attacker that was passed, or the one of this name.
+
+    Args:
+        attacker: a network, or a name for :func:`build_attacker`.
+        arguments: of the network, for one given by name.
+        channels: channels C of an image.
+        gradient: whether it sees the gradient.
+        warm_start: as :func:`build_attacker` has it; None: if this attacker can.
+
+    Raises:
+        ValueError: for arguments or a warm start of a network passed as an object; as :func:`build_attacker`.
+    """
+    network = given_network("attacker", attacker, arguments)
+    if network is None:
+        name, arguments = str(attacker), arguments or {}
+        if warm_start is None:
+            warm_start = gradient and (name in ("strided", "slim") or bool(arguments.get("skip")))
+        return build_attacker(name, channels, gradient, warm_start, **arguments)
+    if warm_start:
+        raise ValueError("Expected argument `warm_start` to be None for an attacker passed as an object but got True.")
     return network
 
 

@@ -14,7 +14,8 @@ from lightning_rectify.arguments import check_choice, check_fraction, check_leas
 from lightning_rectify.attacks.common import attacking
 from lightning_rectify.attacks.gradient import pgd
 from lightning_rectify.attacks.quality import attack_quality
-from lightning_rectify.modules.l2l.attackers import build_attacker
+from lightning_rectify.modules.image_networks import given_network
+from lightning_rectify.modules.l2l.attackers import make_attacker
 from lightning_rectify.modules.l2l.costs import Passes, count_passes, example_inputs, forward_ratio
 from lightning_rectify.modules.l2l.learned import Perturbed
 from lightning_rectify.modules.l2l.losses import robust_cross_entropy, trades_loss
@@ -22,7 +23,8 @@ from lightning_rectify.modules.l2l.networks import PixelClassifier, build_classi
 from lightning_rectify.modules.l2l.settings import (
     ATTACKS,
     check_ball,
-    check_datamodule,
+    check_channels,
+    check_pixel_range,
     check_pixels,
     fill_in,
 )
@@ -200,18 +202,14 @@ class L2LDefense(MinimaxModule):
         self.classifier_optimizer = chosen["classifier_optimizer"]
         self.attacker_optimizer = chosen["attacker_optimizer"]
         self.classifier_lr_scheduler, self.attacker_lr_scheduler = classifier_lr_scheduler, attacker_lr_scheduler
-        network = _given("classifier", classifier, classifier_args)
+        check_channels(in_channels, mean=mean, std=std)
+        network = given_network("classifier", classifier, classifier_args)
         if network is None:
             network = build_classifier(str(classifier), num_classes, in_channels, **(classifier_args or {}))
         self.classifier = PixelClassifier(network, mean, std)
-        for name, values in {"mean": mean, "std": std}.items():
-            if isinstance(values, (list, tuple)) and len(values) not in (1, in_channels):
-                raise ValueError(
-                    f"Expected argument `{name}` to be one number, or one for each of {in_channels} channels, but got "
-                    f"{values!r}."
-                )
         if self.learned:
-            self.attacker = self._make_attacker(chosen["attacker"], chosen["warm_start"], attacker_args)
+            see = self.training_attack.gradient
+            self.attacker = make_attacker(chosen["attacker"], attacker_args, in_channels, see, chosen["warm_start"])
         # Labels outside the range fail in the loss; the metric's own check would read the device at every step.
         accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         kinds = ["train", *(f"{stage}{kind}" for stage in ("val", "test") for kind in ("", "_robust", "_own_attack"))]
@@ -219,21 +217,6 @@ class L2LDefense(MinimaxModule):
         self._eval_generator: torch.Generator | None = None
         self._attacker_ratio: float | None = None
         self.example_input_array = torch.zeros(2, in_channels, image_size, image_size)
-
-    def _make_attacker(
-        self, attacker: str | nn.Module, warm: bool | None, arguments: dict[str, Any] | None
-    ) -> nn.Module:
-        network = _given("attacker", attacker, arguments)
-        if network is not None:
-            if warm:
-                raise ValueError(
-                    "Expected argument `warm_start` to be None for an attacker passed as an object but got True."
-                )
-            return network
-        name, arguments = str(attacker), arguments or {}
-        if warm is None:
-            warm = self.training_attack.gradient and (name in ("strided", "slim") or bool(arguments.get("skip")))
-        return build_attacker(name, self.in_channels, self.training_attack.gradient, warm, **arguments)
 
     # -- what others use -----------------------------------------------------------------------------------------------
 
@@ -371,13 +354,8 @@ class L2LDefense(MinimaxModule):
     def setup(self, stage: str) -> None:
         """Refuse a datamodule whose images are not pixels inside ``bounds``, or not of these classes and channels."""
         super().setup(stage)
-        check_datamodule(
-            getattr(self.trainer, "datamodule", None),
-            self.bounds,
-            type(self).__name__,
-            num_classes=self.num_classes,
-            in_channels=self.in_channels,
-        )
+        self.check_datamodule("num_classes", "in_channels")
+        check_pixel_range(getattr(self.trainer, "datamodule", None), self.bounds, type(self).__name__)
 
     def on_validation_epoch_start(self) -> None:
         """The same random starts each time."""
@@ -435,14 +413,3 @@ def _predictions(model: nn.Module, images: Tensor) -> Tensor:
     """Classes, in evaluation mode and float32 as the attack saw the model."""
     with attacking(model), torch.no_grad():
         return model(images).argmax(dim=1)
-
-
-def _given(name: str, network: str | nn.Module, arguments: dict[str, Any] | None) -> nn.Module | None:
-    """The network, if it was passed as an object; None if it is a name, to be built with the arguments."""
-    if not isinstance(network, nn.Module):
-        return None
-    if arguments:
-        raise ValueError(
-            f"Expected argument `{name}_args` to be None for a network passed as an object but got {arguments!r}."
-        )
-    return network

@@ -78,6 +78,21 @@ def check_ball(epsilon: float, bounds: Sequence[float], step_size: float | None,
         raise ValueError(f"Expected argument `random_start` to be in [0, 1] or None but got {random_start!r}.")
 
 
+def check_channels(channels: int, **values: Sequence[float] | float | None) -> None:
+    """Refuse lists of numbers that are not one for all channels or one for each.
+
+    Args:
+        channels: how many there are.
+        values: by name of the argument.
+    """
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)) and len(value) not in (1, channels):
+            raise ValueError(
+                f"Expected argument `{name}` to be one number, or one for each of {channels} channels, but got "
+                f"{value!r}."
+            )
+
+
 def check_pixels(images: Tensor, bounds: Sequence[float], owner: str) -> bool:
     """Refuse images outside the bounds, such as normalized ones; reads two numbers.
 
@@ -102,30 +117,21 @@ def check_pixels(images: Tensor, bounds: Sequence[float], owner: str) -> bool:
     return math.isfinite(low) and math.isfinite(high)
 
 
-def check_datamodule(datamodule: Any, bounds: Sequence[float], owner: str, **expected: int) -> None:
-    """Refuse a datamodule whose images are not pixels inside the bounds, or which differs in what it says of itself.
+def check_pixel_range(datamodule: Any, bounds: Sequence[float], owner: str) -> None:
+    """Refuse a datamodule whose images are not pixels inside the bounds, if it says what they are.
 
     Args:
         datamodule: any object, or None.
         bounds: least and largest pixel value.
         owner: whose arguments are checked, for the message.
-        expected: attributes that it must have with these values, if it has them.
 
     Raises:
         ValueError: naming the argument.
     """
-    theirs = type(datamodule).__name__
-    for name, value in expected.items():
-        came = getattr(datamodule, name, None)
-        if came is not None and came != value:
-            raise ValueError(
-                f"Expected argument `{name}` of {owner} to be {came}, the `{name}` of the datamodule {theirs}, but got "
-                f"{value}."
-            )
     pixel_range = getattr(datamodule, "pixel_range", None)
     if pixel_range is None:
         return
-    allowed = 1e-6 * (bounds[1] - bounds[0])
+    allowed, theirs = 1e-6 * (bounds[1] - bounds[0]), type(datamodule).__name__
     for values, bound in zip(pixel_range, bounds, strict=True):
         if any(abs(value - bound) > allowed for value in values):
             raise ValueError(

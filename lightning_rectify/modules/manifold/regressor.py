@@ -210,14 +210,8 @@ class ManifoldRegressor(RectifiedModule):
         """
         if stage == "fit":
             self._best = {}
+        self.check_datamodule("in_features", *([] if self.num_classes else ["outputs"]), "num_classes")
         data = getattr(self.trainer, "datamodule", None)
-        for name in ("in_features", "outputs", "num_classes"):
-            theirs, ours = getattr(data, name, None), getattr(self, name)
-            if theirs is not None and theirs != ours and not (name == "outputs" and self.num_classes):
-                raise ValueError(
-                    f"Expected argument `{name}` of {type(self).__name__} to be {theirs}, the `{name}` of the "
-                    f"datamodule {type(data).__name__}, but got {ours}."
-                )
         points = next((getattr(data, name) for name in _POINTS if hasattr(data, name)), None)
         if self.network.fitted or points is None:
             return

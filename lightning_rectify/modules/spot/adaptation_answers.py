@@ -71,14 +71,7 @@ class AdaptationModule(MinimaxModule):
     def setup(self, stage: str) -> None:
         """Refuse a datamodule whose images or classes are not those the networks were built for."""
         super().setup(stage)
-        datamodule = getattr(self.trainer, "datamodule", None)
-        for name in ("num_classes", "in_channels", "image_size"):
-            theirs = getattr(datamodule, name, None)
-            if theirs is not None and theirs != getattr(self, name):
-                raise ValueError(
-                    f"Expected argument `{name}` of {type(self).__name__} to be {theirs}, the `{name}` of the "
-                    f"datamodule {type(datamodule).__name__}, but got {getattr(self, name)}."
-                )
+        self.check_datamodule("num_classes", "in_channels", "image_size")
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loader 0: source, 1: target without labels, 2: what is watched."""

@@ -101,5 +101,5 @@ def test_presets():
     assert released.optimizer([torch.nn.Parameter(torch.ones(1))]).defaults["lr"] == 5e-5
     ours = PRESETS["spot"].optimizer([torch.nn.Parameter(torch.ones(1))])
     assert (type(ours), ours.defaults["lr"]) == (torch.optim.RMSprop, 5e-4)
-    with pytest.raises(ValueError, match=r"`preset`.*one of spot, spot_released.*got 'best'"):
+    with pytest.raises(ValueError, match=r"`preset` to be 'spot' or 'spot_released' but got 'best'"):
         resolve("best", {})
