@@ -204,12 +204,17 @@ def stretched(study: Study, method: str, budget: str, seconds: dict[str, float])
 # -- all runs ----------------------------------------------------------------------------------------------------------
 
 
-def summarize(rows: Sequence[dict[str, Any]], seconds: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """Mean over seeds for each data set, budget and method; PGD-10 is in both budgets the same."""
+def summarize(
+    rows: Sequence[dict[str, Any]], studies: dict[str, Study], seconds: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Mean over seeds for each data set, budget and method."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        for budget in BUDGETS if row["method"] == PGD else (row["budget"],):
-            groups.setdefault((row["dataset"], budget, row["method"]), []).append(row)
+        dataset, method = row["dataset"], row["method"]
+        study = studies[dataset]
+        same = stretched(study, method, "time", seconds[dataset]) == study  # both budgets are this one run
+        for budget in BUDGETS if same else (row["budget"],):
+            groups.setdefault((dataset, budget, method), []).append(row)
     table = []
     order = sorted(groups, key=lambda key: (key[0] != "fashion_mnist", BUDGETS.index(key[1]), COMPARED.index(key[2])))
     for dataset, budget, method in order:
@@ -227,11 +232,7 @@ def summarize(rows: Sequence[dict[str, Any]], seconds: dict[str, dict[str, float
 def cells_of(name: str, args: argparse.Namespace) -> list[Cell]:
     """The runs on a data set, seed by seed, so that a study cut short still compares all methods."""
     return [
-        Cell(name, method, budget, seed)
-        for seed in args.seeds
-        for budget in args.budgets
-        for method in args.methods
-        if (method, budget) != (PGD, "time")  # the same run as at equal epochs
+        Cell(name, method, budget, seed) for seed in args.seeds for budget in args.budgets for method in args.methods
     ]
 
 
@@ -269,7 +270,7 @@ def save(path: Path, studies: dict[str, Study], rows: list[dict[str, Any]], seco
     if "cifar10" in studies:
         settings["cifar10"] = "as JPEG of quality 75"
     machine = {**environment(packages=("torchvision",)), "threads": 1}
-    write_result(path, NAME, settings, rows, table=summarize(rows, seconds), environment=machine)
+    write_result(path, NAME, settings, rows, table=summarize(rows, studies, seconds), environment=machine)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -312,6 +313,10 @@ def main() -> None:
         seconds[name] = measure(study, data, work, **({"steps": 1, "rounds": 1} if args.quick else {}))
         for cell in cells_of(name, args):
             own = stretched(study, cell.method, cell.budget, seconds[name])
+            if own == study:  # as PGD-10's is: one run for both budgets
+                cell = replace(cell, budget="epochs")
+            if any(cell == Cell(row["dataset"], row["method"], row["budget"], row["seed"]) for row in rows):
+                continue
             if row := kept(*look(cell, own, work)):
                 rows.append(row)
             elif not args.finished:

@@ -19,6 +19,7 @@ from lightning_rectify._lightning import (
 )
 from lightning_rectify.arguments import check_least, check_types
 from lightning_rectify.modules.base import RectifiedModule
+from lightning_rectify.modules.compiling import notices_frozen_weights
 from lightning_rectify.seeds import derive_seed
 
 _NOISE = "noise_"  # and the kind of device: no generator takes another kind's state
@@ -119,6 +120,7 @@ class MinimaxModule(RectifiedModule):
         self.averages: nn.ModuleDict | None = None
         self._window: list[Any] = []
         self._playing = ""
+        self._freeze = True  # players that do not move
         self._noise_generator: torch.Generator | None = None
         self._noise_rank = 0  # whose stream that generator draws
 
@@ -205,6 +207,7 @@ class MinimaxModule(RectifiedModule):
     def configure_model(self) -> None:
         """Make the averages, then compile."""
         self._make_averages()
+        self._freeze = self._freeze and (not self._compile or notices_frozen_weights())
         super().configure_model()
 
     def configure_optimizers(self) -> Any:
@@ -316,12 +319,15 @@ class MinimaxModule(RectifiedModule):
         groups = (group for other in self.trainer.optimizers for group in other.param_groups)
         others = [p for group in groups for p in group["params"] if p.requires_grad and id(p) not in own]
         for parameter in others:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(not self._freeze)
         try:
             yield
         finally:
             for parameter in others:
-                parameter.requires_grad_(True)
+                if self._freeze:
+                    parameter.requires_grad_(True)
+                else:  # what compiled code of an older torch would not notice
+                    parameter.grad = None
 
     @contextmanager
     def _ranks_meet(self, meet: bool) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from torch.utils.data import BatchSampler, DistributedSampler
 from torchvision.datasets import STL10
 from torchvision.transforms import v2
 
-from lightning_rectify._lightning import LightningModule, ModelCheckpoint, Trainer
+from lightning_rectify._lightning import NAME, LightningModule, ModelCheckpoint, Trainer
 from lightning_rectify.data.image_datasets import ArrayImages, FileImages, resize, stratified_take
 from lightning_rectify.data.image_sources import SOURCES, in_memory
 from lightning_rectify.data.images import ImageData
 from lightning_rectify.data.resumable import EpochSampler, ResumableLoader
+
+OnExceptionCheckpoint = import_module(f"{NAME}.callbacks").OnExceptionCheckpoint
 
 
 def stages(data):
@@ -697,9 +700,10 @@ class Linear(LightningModule):
 
 def fit(path, model, ckpt_path=None, num_workers=0, **options):
     """Seven batches of augmented digits an epoch, three epochs by default, a checkpoint after every step."""
-    save = ModelCheckpoint(path, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_on_exception=True)
+    save = ModelCheckpoint(path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    failed = OnExceptionCheckpoint(path, "failed")  # ModelCheckpoint(save_on_exception=True) is not in Lightning 2.5
     options = {"max_epochs": 3, "accelerator": "cpu", "logger": False, **options}
-    trainer = Trainer(**options, callbacks=save, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(**options, callbacks=[save, failed], enable_progress_bar=False, enable_model_summary=False)
     data = ImageData(batch_size=32, train_size=230, augment=True, num_workers=num_workers, seed=1)
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     trainer.save_checkpoint(path / "end.ckpt")
@@ -737,8 +741,7 @@ def test_a_batch_that_failed_is_trained_on_after_the_resume(tmp_path):
     whole = fit(tmp_path / "whole", Linear())
     with pytest.raises(ArithmeticError, match="stop here"):
         fit(tmp_path / "broken", Linear(fail_at=11))
-    (saved,) = (tmp_path / "broken").glob("*step=11*.ckpt")
-    resumed = fit(tmp_path / "again", Linear(), saved)
+    resumed = fit(tmp_path / "again", Linear(), tmp_path / "broken" / "failed.ckpt")
     assert resumed.seen == whole.seen[11:]
     assert torch.equal(resumed.layer.weight, whole.layer.weight)
 

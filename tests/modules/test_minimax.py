@@ -226,6 +226,37 @@ def test_requires_grad_comes_back_after_an_exception_and_frozen_stays_frozen(whe
 # -- optimizers and schedules ------------------------------------------------------------------------------------------
 
 
+class Watching(Game):
+    """Notes whether the generator needs a gradient while the critic moves, and whether it was left one."""
+
+    def on_train_start(self):
+        super().on_train_start()
+        self.needed, self.left = set(), []
+
+    def critic_loss(self, batch):
+        self.needed |= {p.requires_grad for p in self.generator.parameters()}
+        return super().critic_loss(batch)
+
+    def on_train_batch_end(self, *args):
+        self.left.append([p.grad for p in self.critic.parameters()])
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_compiled_players_are_kept_apart_also_where_torch_does_not_notice_frozen_weights(monkeypatch, noticed):
+    monkeypatch.setattr(minimax, "notices_frozen_weights", lambda: noticed)
+    arguments = {"accumulate": 3, "turns": {"critic": 2}, "clip_norm": CLIP}
+    plain = make_game(**arguments)
+    game = make_game(Watching, compile=True, **arguments)
+    game.load_state_dict(plain.state_dict())
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)  # this is about who needs a gradient
+    fit(plain, max_epochs=2)
+    fit(game, max_epochs=2)
+    assert differences(weights(game), weights(plain)) == []
+    assert game.needed == {not noticed}
+    moved = game.left[2::7]  # rounds end behind the third batch, of seven
+    assert all((grad is None) is not noticed for grads in moved for grad in grads)
+
+
 class Own(Game):
     """Players with optimizers and schedules of their own; what is None is the shared one."""
 
