@@ -202,11 +202,11 @@ class L2LDefense(MinimaxModule):
         self.classifier_optimizer = chosen["classifier_optimizer"]
         self.attacker_optimizer = chosen["attacker_optimizer"]
         self.classifier_lr_scheduler, self.attacker_lr_scheduler = classifier_lr_scheduler, attacker_lr_scheduler
-        check_channels(in_channels, mean=mean, std=std)
         network = given_network("classifier", classifier, classifier_args)
         if network is None:
             network = build_classifier(str(classifier), num_classes, in_channels, **(classifier_args or {}))
         self.classifier = PixelClassifier(network, mean, std)
+        check_channels(in_channels, mean=mean, std=std)
         if self.learned:
             see = self.training_attack.gradient
             self.attacker = make_attacker(chosen["attacker"], attacker_args, in_channels, see, chosen["warm_start"])
