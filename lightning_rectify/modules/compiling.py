@@ -13,12 +13,14 @@ def notices_frozen_weights() -> bool:
     torch 2.6 to 2.8 reuse the code without a gradient and say nothing, torch 2.14 does not. Measured and not read off
     the version; once a process, a second or two.
     """
-    network = _Layer()
-    compiled = torch.compile(network, backend="aot_eager")
-    found = []
-    for needed in (False, True):
-        network.requires_grad_(needed)
-        found.append(compiled(torch.zeros(2, 1)).requires_grad == needed)
+    # The run's random state stays as it is; gradients are recorded also inside a validation.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        network = _Layer()
+        compiled = torch.compile(network, backend="aot_eager")
+        found = []
+        for needed in (False, True):
+            network.requires_grad_(needed)
+            found.append(compiled(torch.zeros(2, 1)).requires_grad == needed)
     return all(found)
 
 

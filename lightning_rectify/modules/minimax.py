@@ -46,7 +46,8 @@ class MinimaxModule(RectifiedModule):
                 return F.softplus(-self.critic(self.generator(self.noise(len(batch), 4)))).mean()
 
     A round is ``accumulate`` batches: each player in turn, ``turns[player]`` times, computes its loss on each of them
-    and makes one step with the mean gradient. While a player moves, the parameters of the others need no gradient.
+    and makes one step with the mean gradient. While a player moves, the parameters of the others need no gradient
+    (compiled, with a torch whose code would not notice that they do again: theirs is thrown away).
     With ``joint=True`` there is one graph and one backward pass: every player minimises ``joint_loss(batch)``, but the
     one named by ``maximizer`` maximises it.
 

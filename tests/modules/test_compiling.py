@@ -1,5 +1,6 @@
 """What ``torch.compile`` can be trusted with."""
 
+import pytest
 import torch
 
 from lightning_rectify.modules.compiling import notices_frozen_weights
@@ -21,3 +22,12 @@ def test_the_answer_is_that_of_a_game_of_two_layers():
         network.requires_grad_(needed)
         right.append(network(torch.randn(5, 3)).requires_grad is needed)
     assert notices_frozen_weights() is all(right)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_looking_leaves_no_trace_and_needs_no_gradients_around_it(context):
+    state = torch.get_rng_state()
+    with context():
+        inside = notices_frozen_weights.__wrapped__()
+    assert inside is notices_frozen_weights.__wrapped__()
+    assert torch.equal(torch.get_rng_state(), state)
