@@ -278,9 +278,8 @@ def test_memory_goes_on_where_the_last_epoch_ended() -> None:
 def test_learned_attack_from_an_empty_memory_is_the_packages() -> None:
     module = defense("2-step, width 8, memory")
     images, labels, numbers = batch()
-    module._checked((images, labels, numbers))
     module.attacker.eval()
-    made = module._learn(images, labels).images
+    made = module._learn((images, labels, numbers)).images
     expected = learned_attack(module.attacker, module.classifier, images, labels, 0.2, steps=2).images
     assert torch.equal(made, expected)
     assert torch.allclose(images + module.past, made.detach(), atol=1e-6)  # rounding of a difference of pixels

@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "standard": {"attack": "none"},
     "FGSM": {"attack": "fgsm"},
     "FGSM-RS": {"attack": "fgsm", "random_start": 1.0, "step_size_epsilons": 1.25},
+    "FGSM, memory": {"attack": "fgsm", "memory": True},
     "2-step sign": {"attack": "pgd", "train_steps": 2, "random_start": 0.0, "step_size_epsilons": 1.0},
     "PGD-10": {"attack": "pgd", "train_steps": 10},
     "TRADES-10": {"attack": "trades", "train_steps": 10},
@@ -178,7 +179,7 @@ def train(cell: Cell, study: Study, work: Path) -> tuple[L2LDefense, list[float]
     """The trained module, and the CPU seconds of each epoch."""
     images, labels = torch.load(work / "data.pt", weights_only=True)["train"]
     seed_everything(cell.seed, verbose=False)
-    batches = Batches(images, labels, study.batch_size, cell.seed)
+    batches = Batches(images, labels, study.batch_size, cell.seed, with_index=True)
     module, epochs = make_module(cell, study, images.shape[-1], len(batches)), Epochs()
     silence = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(accelerator="cpu", devices=1, max_epochs=study.epochs, callbacks=[epochs], **silence)

@@ -195,28 +195,25 @@ class SearchDefense(L2LDefense):
         if isinstance(self.now, int):
             self.training_attack = replace(self.training_attack, steps=self.now)
 
-    def _checked(self, batch: Any) -> tuple[Tensor, Tensor, bool]:
-        images, labels, self._numbers = batch
-        return super()._checked((images, labels))
-
     def classifier_loss(self, batch: Any) -> Tensor:
         """On images moved by signs of the gradient."""
         images, labels, _ = self._checked(batch)
         assert isinstance(self.now, tuple)
         ball = Ball.around(images, self.epsilon, "linf", self.bounds)
-        points = self._start(ball)
+        points = self._begin(ball, batch)
         with attacking(self.classifier):
             for length in self.now:
                 gradient, _, _ = input_gradient(self.classifier, points, labels)
                 points = ball.project(ball.ascend(points, gradient, length * self.epsilon))
-        self._remember(points, images)
+        self._remember(points, batch)
         return self._defend(images, points.detach(), labels)
 
-    def _learn(self, images: Tensor, labels: Tensor, log: bool = True) -> Perturbed:
+    def _learn(self, batch: Any, again: bool = False) -> Perturbed:
         if not self.candidate.memory:
-            return super()._learn(images, labels, log)
+            return super()._learn(batch, again)
+        images, labels, numbers = batch
         ball = Ball.around(images, self.epsilon, "linf", self.bounds)
-        points, first, seen = self._start(ball), None, self.past[self._numbers] / self.epsilon
+        points, first, seen = self._begin(ball, batch), None, self.past[numbers] / self.epsilon
         assert isinstance(self.now, int)
         for _ in range(self.now):
             with attacking(self.classifier):
@@ -224,17 +221,17 @@ class SearchDefense(L2LDefense):
             first = raw if first is None else first
             parts = [points, *([seen] if self.candidate.memory == "input" else []), scale_gradient(raw)]
             points = ball.project(points + self.epsilon * self.attacker(torch.cat(parts, dim=1)).tanh())
-        self._remember(points.detach(), images)
+        self._remember(points.detach(), batch)
         return Perturbed(points, first)
 
-    def _start(self, ball: Ball) -> Tensor:
+    def _begin(self, ball: Ball, batch: Any) -> Tensor:
         if self.candidate.memory == "start":
-            return ball.project(ball.images + self.past[self._numbers])
+            return ball.project(ball.images + self.past[batch[2]])
         return ball.start(self.training_attack.random_start, self.noise_generator)
 
-    def _remember(self, points: Tensor, images: Tensor) -> None:
+    def _remember(self, points: Tensor, batch: Any) -> None:
         if self.candidate.memory:
-            self.past[self._numbers] = points - images
+            self.past[batch[2]] = points - batch[0]
 
 
 def make_attacker(candidate: Candidate, channels: int) -> str | nn.Module:

@@ -90,6 +90,19 @@ class Ball:
             offset = direction / _l2(direction).clamp_min(1e-12) * radius * (share * self.epsilon)
         return self.project(self.images + offset)
 
+    def starting_at(self, points: Tensor) -> Tensor:
+        """Points to start at, moved into the ball and the bounds.
+
+        Raises:
+            ValueError: if they have not the images' shape.
+        """
+        if points.shape != self.images.shape:
+            raise ValueError(
+                f"Expected argument `start` to be of shape {tuple(self.images.shape)}, the images', but got "
+                f"{tuple(points.shape)}."
+            )
+        return self.project(points.detach().to(self.images))
+
     def select(self, index: Tensor) -> "Ball":
         """The balls of some samples; ``index`` has shape (n,)."""
         return replace(self, images=self.images[index], low=self.low[index], high=self.high[index])

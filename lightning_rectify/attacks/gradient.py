@@ -31,6 +31,7 @@ def fgsm(
     loss: Loss = "ce",
     bounds: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     r"""Fast gradient sign method: one step of length epsilon along the sign of the gradient.
 
@@ -50,6 +51,7 @@ def fgsm(
         loss: as in :func:`pgd`.
         bounds: as in :func:`pgd`.
         generator: as in :func:`pgd`.
+        start: as in :func:`pgd`.
 
     Returns:
         Adversarial images (N, C, H, W), detached.
@@ -62,7 +64,7 @@ def fgsm(
         step_size = epsilon
     return pgd(
         model, images, labels, epsilon, steps=1, step_size=step_size, random_start=random_start, norm=norm, loss=loss,
-        bounds=bounds, generator=generator,
+        bounds=bounds, generator=generator, start=start,
     )  # fmt: skip
 
 
@@ -80,6 +82,7 @@ def pgd(
     loss: Loss = "ce",
     bounds: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     r"""Projected gradient descent on minus the loss, from random starts.
 
@@ -107,6 +110,8 @@ def pgd(
         loss: what to climb: "ce", "margin", "dlr", or a function of logits (N, K) and labels (N,) to (N,).
         bounds: least and largest pixel value.
         generator: of the starts, on any device; None: torch's own.
+        start: where to start instead, shape (N, C, H, W), moved into the ball and the bounds; ``random_start`` and
+            ``restarts`` then count for nothing.
 
     Returns:
         Adversarial images (N, C, H, W), detached; inside the ball and the bounds exactly.
@@ -135,15 +140,16 @@ def pgd(
     with attacking(*modules_of(model)):
         ball, labels = prepare(images, labels, epsilon, norm, bounds)
         length = 2.5 * ball.epsilon / steps if step_size is None else step_size
-        if restarts == 1:
-            return _climb(model, ball.start(random_start, generator), ball, labels, function, steps, length)
+        if restarts == 1 or start is not None:
+            begin = ball.start(random_start, generator) if start is None else ball.starting_at(start)
+            return _climb(model, begin, ball, labels, function, steps, length)
         worst, everything = Worst(ball.images, labels), torch.arange(len(labels), device=labels.device)
         for _ in range(restarts):
-            start = ball.start(random_start, generator)
+            begin = ball.start(random_start, generator)
             left = everything if callable(loss) else everything[~worst.wrong]
             if not len(left):
                 break
-            points = _climb(model, start[left], ball.select(left), labels[left], function, steps, length)
+            points = _climb(model, begin[left], ball.select(left), labels[left], function, steps, length)
             with torch.no_grad():
                 logits = logits_of(model, points)
                 worst.offer(points, function(logits, labels[left]), logits, left)

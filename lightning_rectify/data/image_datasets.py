@@ -184,6 +184,17 @@ class ArrayImages(Dataset[Batch]):
             images = self._augment(images, torch.from_numpy(self._draw(first[0])[index.numpy()]))
         return images.float().mul_(self.factor).sub_(self.shift), self.labels[index]
 
+    def places(self, keys: Sequence[Key]) -> Tensor:
+        """Indices of the images asked for, int64, (B,); with augmentation (B, 4): index, then where it put the image.
+
+        Row and column are what the crop's first pixel is in the image, from -pad to pad, before the mirror (0 or 1).
+        """
+        index = torch.tensor([key[1] if isinstance(key, tuple) else key for key in keys])
+        if not isinstance(keys[0], tuple) or not (self.pad or self.flip):
+            return index
+        drawn = torch.from_numpy(self._draw(keys[0][0])[index.numpy()])
+        return torch.cat([index.unsqueeze(1), drawn - torch.tensor([self.pad, self.pad, 0])], dim=1)
+
     def _draw(self, epoch: int) -> NDArray[np.int64]:
         """Offsets and mirrorings of all N images, (N, 3): one generator an image would cost more than the batch."""
         if self._drawn is None or self._drawn[0] != epoch:
@@ -243,3 +254,31 @@ class FileImages(Dataset[Batch]):
         """Images (B, C, H, W), float32, normalised, and labels (B,), int64."""
         images, labels = zip(*(self[key] for key in keys), strict=True)
         return torch.stack(images), torch.stack(labels)
+
+    def places(self, keys: Sequence[Key]) -> Tensor:
+        """Indices of the images asked for, int64, (B,); what augmentation does to them is not known."""
+        return torch.tensor([key[1] if isinstance(key, tuple) else key for key in keys])
+
+
+class PlacedImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Images, labels and :meth:`ArrayImages.places`: what is needed to remember something of each image's pixels.
+
+    Args:
+        images: the images.
+    """
+
+    def __init__(self, images: ArrayImages | FileImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, Tensor]:
+        """One image (C, H, W), its label () and its place, () or (4,)."""
+        images, labels, places = self.__getitems__([key])
+        return images[0], labels[0], places[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W), labels (B,) and places, (B,) or (B, 4)."""
+        images, labels = self.images.__getitems__(keys)
+        return images, labels, self.images.places(keys)

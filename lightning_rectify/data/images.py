@@ -13,6 +13,7 @@ from lightning_rectify.arguments import check_choice, check_least, check_types
 from lightning_rectify.data.image_datasets import (
     ArrayImages,
     FileImages,
+    PlacedImages,
     file_transforms,
     resize,
     split,
@@ -59,6 +60,10 @@ class ImageData(LightningDataModule):
         normalization: of pixels in 0 to 1. "dataset": less the dataset's mean, over its standard deviation, for each
             channel; "symmetric": to -1 to 1, for generators that end in tanh (a step of 1 / 255 is 2 / 255 there);
             "unit": none, for attacks. The frame of the augmentation is black in each.
+        with_index: training batches have a third part, for modules that remember something of each image
+            (``L2LDefense``'s ``memory``): the images' indices in the training part, int64, shape (B,). With
+            augmentation (B, 4): index, row and column of the crop's first pixel in the image (from -F to F where the
+            frame is F pixels wide), and 1 for a mirror image. Files must not be augmented: torchvision draws there.
 
     Raises:
         ValueError: for an argument outside its range.
@@ -80,6 +85,7 @@ class ImageData(LightningDataModule):
         image_size: int | None = None,
         train_size: int | None = None,
         normalization: str = "dataset",
+        with_index: bool = False,
     ) -> None:
         check_types(ImageData, locals())
         super().__init__()
@@ -99,8 +105,13 @@ class ImageData(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.val_size, self.train_size = val_size, train_size
         self.augment = self.source.augment if augment is None else augment
+        if with_index and self.augment and self.source.on_disk:
+            raise ValueError(
+                f"Expected argument `augment` to be False with `with_index` for {dataset}, where torchvision draws the "
+                "crops, but got True."
+            )
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
-        self.normalization = normalization
+        self.normalization, self.with_index = normalization, with_index
         self._image_size = image_size
         self._parts: dict[str, ArrayImages | FileImages] = {}
 
@@ -168,7 +179,8 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches of one size; resumes in the middle of an epoch."""
-        dataset = self._parts["train"]
+        images = self._parts["train"]
+        dataset: Any = PlacedImages(images) if self.with_index else images
         return training_loader(dataset, self.batch_size, self.seed, self.trainer, "images", **self._options())
 
     def val_dataloader(self) -> Any:

@@ -78,6 +78,24 @@ def test_fgsm_with_random_start_is_wong_et_al(norm):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)  # float64 rounding
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_pgd_starts_where_it_is_told(norm, restarts):
+    model = smooth()
+    images, labels = batch()
+    outside = images + torch.randn(images.shape, generator=generator(7), dtype=images.dtype)
+    inside = pgd(Zero(), images, labels, 0.1, steps=1, norm=norm, start=outside)
+    length = (inside - images).abs().amax((1, 2, 3)) if norm == "linf" else (inside - images).flatten(1).norm(dim=1)
+    assert (length <= 0.1).all()
+    assert (length > 0.05).all()
+    assert ((inside >= 0) & (inside <= 1)).all()
+    options = {"steps": 3, "step_size": 0.02, "norm": norm}
+    found = pgd(model, images, labels, 0.1, start=outside, restarts=restarts, **options)
+    for image, label, begin, ours in zip(images, labels, inside, found, strict=True):
+        theirs = reference.pgd(model, image, label, 0.1, 3, 0.02, norm, start=begin)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)  # float64 rounding
+
+
 class Zero(nn.Module):
     """Logits that depend on the images with gradient 0."""
 

@@ -33,6 +33,7 @@ DATA = [
             "image_size": _PERHAPS,
             "train_size": _PERHAPS,
             "normalization": words("dataset", "symmetric", "unit"),
+            "with_index": flag(),
         },
     ),
     Subject(

@@ -328,6 +328,7 @@ MODULES = [
             "clean_weight": SHARE,
             "train_steps": whole(1),
             "step_size": number(0, ends="()", right=(None, 0.1)),
+            "memory": flag(),
             "trades_beta": _WEIGHT,
             "val_attack_steps": whole(0),
             "test_attack_steps": whole(0),

@@ -172,6 +172,7 @@ NETWORKS = [
             "random_start": number(0, 1, "[]"),
             "bounds": listing((), (0,), (1, 0), (0, INF), (NAN, 1), ("a", "b"), right=((0, 1),)),
             "generator": free(None, torch.Generator()),
+            "start": listing(torch.rand(2, 4), right=(None, torch.rand(2, 1, 2, 2))),
         },
         named={"epsilon": ("bounds",), "bounds": ("images",), "labels": ("images",)},
     ),

@@ -229,6 +229,7 @@ _OF_ATTACKS: dict[str, Values] = {
     "restarts": whole(1),
     "step_size": number(0, ends="()", right=(None, 0.1)),
     "random_start": number(0, 1, "[]"),
+    "start": listing(_IMAGES[:2], _IMAGES.flatten(1), right=(None, _IMAGES, 1 - _IMAGES)),
 }  # fmt: skip
 
 
@@ -243,8 +244,8 @@ def _attack(make: Any, *own: str, base: Any = None, **values: Values) -> Subject
 
 
 ATTACKS = [
-    _attack(fgsm, "loss", "step_size", "random_start"),
-    _attack(pgd, "loss", "steps", "step_size", "restarts", "random_start"),
+    _attack(fgsm, "loss", "step_size", "random_start", "start"),
+    _attack(pgd, "loss", "steps", "step_size", "restarts", "random_start", "start"),
     _attack(
         apgd, "restarts", steps=whole(1, right=(1, 2)), loss=words("ce", "margin", "dlr", "dlr_targeted"),
         targets=listing(0, -1, 5, 100, right=(None,)),

@@ -92,7 +92,7 @@ class ImageClassifier(RectifiedModule):
         return self(images).argmax(dim=1)
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: Metric) -> Tensor:
-        images, labels = batch
+        images, labels = batch[:2]
         training, size = stage == "train", len(labels)
         logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if training else 0.0)

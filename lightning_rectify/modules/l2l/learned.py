@@ -77,6 +77,7 @@ def learned_attack(
     random_start: float = 0.0,
     bounds: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Perturbed:
     r"""Attack images with a network, in one step or several with the same weights.
 
@@ -106,6 +107,7 @@ def learned_attack(
         random_start: share of epsilon, in [0, 1], that a uniform start may use.
         bounds: least and largest pixel value.
         generator: of the random start.
+        start: where to start instead, shape (N, C, H, W), moved into the ball and the bounds.
 
     Raises:
         ValueError: for an argument outside its range; if the attacker's output has not the shape of the images.
@@ -124,7 +126,8 @@ def learned_attack(
     if images.dtype in (torch.float16, torch.bfloat16):
         images = images.float()
     ball = Ball.around(images, epsilon, "linf", bounds)
-    points, first = ball.start(random_start, generator), None
+    points = ball.start(random_start, generator) if start is None else ball.starting_at(start)
+    first = None
     for step in range(steps):
         if step > 0 and not bptt:
             points = points.detach()

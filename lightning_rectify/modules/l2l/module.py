@@ -1,6 +1,7 @@
 """``L2LDefense``: adversarial training against a learned attacker, or against FGSM, PGD or TRADES."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,31 +13,29 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_rectify._lightning import LRSchedulerCallable, OptimizerCallable
 from lightning_rectify.arguments import check_choice, check_fraction, check_least, check_types
 from lightning_rectify.attacks.common import attacking
-from lightning_rectify.attacks.gradient import pgd
-from lightning_rectify.attacks.quality import attack_quality
 from lightning_rectify.modules.image_networks import given_network
 from lightning_rectify.modules.l2l.attackers import make_attacker
 from lightning_rectify.modules.l2l.costs import Passes, count_passes, example_inputs, forward_ratio
 from lightning_rectify.modules.l2l.learned import Perturbed
 from lightning_rectify.modules.l2l.losses import robust_cross_entropy, trades_loss
+from lightning_rectify.modules.l2l.measuring import Batch, MeasuredDefense
+from lightning_rectify.modules.l2l.memory import AttackMemory
 from lightning_rectify.modules.l2l.networks import PixelClassifier, build_classifier
 from lightning_rectify.modules.l2l.settings import (
     ATTACKS,
     check_ball,
     check_channels,
+    check_memory,
     check_pixel_range,
-    check_pixels,
     fill_in,
 )
 from lightning_rectify.modules.l2l.training_attack import TrainingAttack
-from lightning_rectify.modules.minimax import MinimaxModule
 from lightning_rectify.nn.modes import evaluating
-from lightning_rectify.seeds import derive_seed
 
-Batch = tuple[Tensor, Tensor]
+_MEMORY = "attack_memory"  # in the checkpoint
 
 
-class L2LDefense(MinimaxModule):
+class L2LDefense(MeasuredDefense):
     r"""A classifier trained on attacked images: by a learned attacker, FGSM, PGD, TRADES, or none at all.
 
     Learning to defend by learning to attack (Jiang et al., AISTATS 2021, arXiv:1811.01213; first Chen et al. 2019)
@@ -45,7 +44,8 @@ class L2LDefense(MinimaxModule):
     .. math:: \min_\theta \max_\varphi \tfrac1n \sum_i \ell\big(f_\theta(x_i + g_\varphi(x_i, \nabla_x \ell)), y_i\big)
 
     A batch is a pair: images inside ``bounds``, float, shape (N, C, H, W), and labels, int64, shape (N,); for
-    prediction the images alone will do. Pixel units everywhere: the module normalizes inside.
+    prediction the images alone will do; with ``memory`` training batches have a third part, as ``ImageData`` gives it
+    for ``with_index``. Pixel units everywhere: the module normalizes inside.
 
     Players, in the order of their steps and optimizers: ``classifier`` and, for "l2l", ``attacker``. Order "joint" has
     one graph and one backward pass, the attacker's gradient reversed: half the cost of "alternate", in which, as in the
@@ -94,7 +94,11 @@ class L2LDefense(MinimaxModule):
         clean_weight: share of clean cross-entropy in the loss, in [0, 1); "trades" has a clean term of its own.
         train_steps: steps of "pgd" and "trades", at least 1.
         step_size: of "fgsm", "pgd" and "trades", in pixel units; None: epsilon for "fgsm", else
-            2.5 * epsilon / ``train_steps``.
+            2.5 * epsilon / ``train_steps``. With ``memory``: half of epsilon.
+        memory: start each training image's attack where its last one ended, so that single steps add up over the epochs
+            (ATTA, arXiv:1912.11969; see :class:`~lightning_rectify.modules.l2l.memory.AttackMemory`); for "l2l",
+            "fgsm" and "pgd". It takes a byte for each pixel of the training images, on the module's device and in
+            checkpoints. Outside training, attacks start from the image and have the steps that they have without it.
         trades_beta: weight of the divergence in TRADES, at least 0.
         val_attack_steps: steps of the PGD of validation, from a uniform start, the same each time; 0 for none (when
             ``RobustnessMonitor`` measures).
@@ -142,6 +146,7 @@ class L2LDefense(MinimaxModule):
         clean_weight: float = 0.0,
         train_steps: int = 10,
         step_size: float | None = None,
+        memory: bool = False,
         trades_beta: float = 6.0,
         val_attack_steps: int = 10,
         test_attack_steps: int = 20,
@@ -182,6 +187,8 @@ class L2LDefense(MinimaxModule):
         limits = [0.0, 1.0] if bounds is None else bounds
         check_ball(epsilon, limits, step_size, random_start)
         check_fraction(clean_weight=clean_weight)
+        if memory:
+            check_memory(attack, random_start)
         self.num_classes, self.in_channels = num_classes, in_channels
         self.epsilon, self.bounds = float(epsilon), (float(limits[0]), float(limits[1]))
         self.training_attack = TrainingAttack(
@@ -196,6 +203,12 @@ class L2LDefense(MinimaxModule):
             train_steps=train_steps,
             step_size=step_size,
         )
+        self.evaluation_attack, self.attack_memory = self.training_attack, None
+        if memory:
+            self.attack_memory = AttackMemory(self.epsilon)
+            self.evaluation_attack = replace(self.training_attack, step_size=None)
+            if step_size is None:
+                self.training_attack = replace(self.training_attack, step_size=self.epsilon / 2)
         self.attack_bn = chosen["attack_bn"]
         self.clean_weight, self.trades_beta, self.eval_seed = clean_weight, trades_beta, eval_seed
         self.attack_steps = {"val": val_attack_steps, "test": test_attack_steps}
@@ -214,34 +227,10 @@ class L2LDefense(MinimaxModule):
         accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         kinds = ["train", *(f"{stage}{kind}" for stage in ("val", "test") for kind in ("", "_robust", "_own_attack"))]
         self.metrics = nn.ModuleDict({f"{kind}_accuracy": accuracy.clone() for kind in kinds})
-        self._eval_generator: torch.Generator | None = None
         self._attacker_ratio: float | None = None
         self.example_input_array = torch.zeros(2, in_channels, image_size, image_size)
 
     # -- what others use -----------------------------------------------------------------------------------------------
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, K) of images (N, C, H, W) in pixel units, by the averaged classifier if there is an average."""
-        return self.averaged("classifier")(images)
-
-    def attack(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Attack as training does now, but with all networks in evaluation mode; for measuring.
-
-        A function of its arguments and the weights: random starts come from ``eval_seed``. It attacks what ``forward``
-        computes with, leaves no trace in modes, buffers and random states, and works in inference mode.
-
-        Args:
-            images: inside ``bounds``, shape (N, C, H, W), on the module's device.
-            labels: right classes, int64, shape (N,).
-
-        Returns:
-            Adversarial images (N, C, H, W), detached, inside ball and bounds; the images themselves for "none".
-
-        Raises:
-            ValueError: for images outside the bounds.
-        """
-        check_pixels(images, self.bounds, type(self).__name__)
-        return self._own_attack(images, labels).images
 
     @property
     def passes(self) -> Passes:
@@ -270,7 +259,7 @@ class L2LDefense(MinimaxModule):
     def joint_loss(self, batch: Batch) -> Tensor:
         """The classifier's loss on what the attacker makes of the batch, differentiable for both."""
         images, labels, good = self._checked(batch)
-        adversarial = self._learn(images, labels).images if good else images
+        adversarial = self._learn(batch).images if good else images
         return self._defend(images, adversarial, labels)
 
     def classifier_loss(self, batch: Batch) -> Tensor:
@@ -280,29 +269,43 @@ class L2LDefense(MinimaxModule):
             return self._defend(images, images, labels)
         if self.learned:
             with evaluating(self.attacker):
-                adversarial = self._learn(images, labels).images
+                adversarial = self._learn(batch).images
         else:
-            adversarial = self.training_attack.fixed(self.classifier, images, labels, self.noise_generator)
+            start = self._start(batch)
+            adversarial = self.training_attack.fixed(self.classifier, images, labels, self.noise_generator, start)
+            self._keep(adversarial, batch)
         return self._defend(images, adversarial, labels)
 
     def attacker_loss(self, batch: Batch) -> Tensor:
         """Minus the cross-entropy of the classifier, in evaluation mode, on what the attacker makes of the batch."""
         images, labels, good = self._checked(batch)
-        adversarial = self._learn(images, labels, log=False).images if good else images
+        adversarial = self._learn(batch, again=True).images if good else images
         return -F.cross_entropy(self.classifier(adversarial), labels)
 
     def turn_context(self, player: str) -> AbstractContextManager[Any]:
         """The attacker moves against a classifier in evaluation mode, whose running statistics stay."""
         return attacking(self.classifier) if player == "attacker" else nullcontext()
 
-    def _learn(self, images: Tensor, labels: Tensor, log: bool = True) -> Perturbed:
-        """The learned attack as part of a training step."""
+    def _learn(self, batch: Batch, again: bool = False) -> Perturbed:
+        """The learned attack as part of a training step; ``again`` for a batch whose attack was logged and kept."""
+        images, labels = batch[:2]
         perturbed = self.training_attack.learned(
-            self.attacker, self.classifier, images, labels, self.noise_generator, self.attack_bn
+            self.attacker, self.classifier, images, labels, self.noise_generator, self.attack_bn, self._start(batch)
         )
-        if log:
+        if not again:
+            self._keep(perturbed.images, batch)
             self._log_quality("train", images, perturbed)
         return perturbed
+
+    def _start(self, batch: Batch) -> Tensor | None:
+        """Where the attacks on these images ended last, if that is remembered."""
+        if self.attack_memory is None:
+            return None
+        return self.attack_memory.start(batch[0], _places(batch))
+
+    def _keep(self, adversarial: Tensor, batch: Batch) -> None:
+        if self.attack_memory is not None:
+            self.attack_memory.keep(adversarial, batch[0], _places(batch))
 
     def _defend(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
         """The classifier's loss and training accuracy on attacked images."""
@@ -325,91 +328,39 @@ class L2LDefense(MinimaxModule):
         loss = losses["train/loss_classifier"]
         return {"train/loss": loss, **losses} if self.learned else {"train/loss": loss}
 
-    # -- attacks -------------------------------------------------------------------------------------------------------
-
-    def _own_attack(self, images: Tensor, labels: Tensor) -> Perturbed:
-        """What training attacks with, against what ``forward`` computes with, all in evaluation mode."""
-        model = self.averaged("classifier")
-        generator = torch.Generator(images.device).manual_seed(self.eval_seed)
-        if not self.learned:
-            return Perturbed(self.training_attack.fixed(model, images, labels, generator), None)
-        with attacking(model, self.attacker), torch.no_grad():
-            images = images.clone() if images.is_inference() else images.detach()
-            return self.training_attack.learned(self.attacker, model, images, labels, generator)
-
-    def _checked(self, batch: Any) -> tuple[Tensor, Tensor, bool]:
-        """Images and labels, and whether all pixels are finite."""
-        images, labels = batch
-        return images, labels, check_pixels(images, self.bounds, type(self).__name__)
-
-    def _log_quality(self, stage: str, images: Tensor, perturbed: Perturbed) -> None:
-        if perturbed.gradient is None:
-            return
-        quality = attack_quality(images, perturbed.images, perturbed.gradient, self.epsilon, self.bounds)
-        values = {f"{stage}/attack_{name}": value.mean() for name, value in quality._asdict().items()}
-        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
-
     # -- Lightning's hooks ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Refuse a datamodule whose images are not pixels inside ``bounds``, or not of these classes and channels."""
         super().setup(stage)
         self.check_datamodule("num_classes", "in_channels")
-        check_pixel_range(getattr(self.trainer, "datamodule", None), self.bounds, type(self).__name__)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        check_pixel_range(datamodule, self.bounds, type(self).__name__)
+        if stage == "fit" and self.attack_memory is not None and getattr(datamodule, "with_index", True) is False:
+            raise ValueError(
+                f"Expected argument `with_index` of the datamodule {type(datamodule).__name__} to be True with "
+                f"`memory` of {type(self).__name__}, which must know one image from another, but got False."
+            )
 
-    def on_validation_epoch_start(self) -> None:
-        """The same random starts each time."""
-        self._start_evaluation()
+    def on_train_epoch_end(self) -> None:
+        """Share memories: the images that a rank has seen are others' in the next epoch."""
+        super().on_train_epoch_end()
+        if self.attack_memory is not None:
+            self.attack_memory.meet()
 
-    def on_test_epoch_start(self) -> None:
-        """The same random starts each time."""
-        self._start_evaluation()
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add where attacks have ended, if that is remembered and training can go on from the checkpoint."""
+        super().on_save_checkpoint(checkpoint)
+        if self.attack_memory is not None and "optimizer_states" in checkpoint:
+            self.attack_memory.meet()
+            checkpoint[_MEMORY] = self.attack_memory.offsets.cpu().clone()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs ``val/...``."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs ``test/...``."""
-        self._evaluate(batch, "test")
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The most probable class of each image, int64, shape (N,)."""
-        images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        check_pixels(images, self.bounds, type(self).__name__)
-        return self(images).argmax(dim=1)
-
-    def _start_evaluation(self) -> None:
-        seed = derive_seed(self.eval_seed, self.global_rank)
-        self._eval_generator = torch.Generator(self.device).manual_seed(seed)
-
-    def _evaluate(self, batch: Batch, stage: str) -> None:
-        images, labels, good = self._checked(batch)
-        logits = self(images)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), sync_dist=True, batch_size=len(labels))
-        self._count(f"{stage}_accuracy", logits, labels)
-        steps = self.attack_steps[stage]
-        if not good or steps == 0:
-            return
-        model = self.averaged("classifier")
-        attacked = pgd(
-            model, images, labels, self.epsilon, steps=steps, bounds=self.bounds, generator=self._eval_generator
-        )
-        self._count(f"{stage}_robust_accuracy", _predictions(model, attacked), labels)
-        if self.training_attack.name == "none":
-            return
-        own = self._own_attack(images, labels)
-        self._count(f"{stage}_own_attack_accuracy", _predictions(model, own.images), labels)
-        self._log_quality(stage, images, own)
-
-    def _count(self, name: str, predicted: Tensor, labels: Tensor) -> None:
-        """Update an accuracy with logits or classes."""
-        metric = cast(Metric, self.metrics[name])
-        metric.update(predicted, labels)
-        self.log(name.replace("_", "/", 1), metric, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take where attacks have ended."""
+        super().on_load_checkpoint(checkpoint)
+        if self.attack_memory is not None and _MEMORY in checkpoint:
+            self.attack_memory.load(checkpoint[_MEMORY])
 
 
-def _predictions(model: nn.Module, images: Tensor) -> Tensor:
-    """Classes, in evaluation mode and float32 as the attack saw the model."""
-    with attacking(model), torch.no_grad():
-        return model(images).argmax(dim=1)
+def _places(batch: Batch) -> Tensor | None:
+    return batch[2] if len(batch) > 2 else None

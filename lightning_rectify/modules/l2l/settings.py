@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 ATTACKS = ("l2l", "fgsm", "pgd", "trades", "none")
+_REMEMBERED = ("l2l", "fgsm", "pgd")
 
 
 def adam_of_attackers(params: Any) -> Optimizer:
@@ -76,6 +77,25 @@ def check_ball(epsilon: float, bounds: Sequence[float], step_size: float | None,
         raise ValueError(f"Expected argument `step_size` to be above 0 or None but got {step_size!r}.")
     if random_start is not None and not 0 <= random_start <= 1:
         raise ValueError(f"Expected argument `random_start` to be in [0, 1] or None but got {random_start!r}.")
+
+
+def check_memory(attack: str, random_start: float | None) -> None:
+    """Refuse a memory for attacks that have a start of their own, or none.
+
+    Args:
+        attack: what training attacks with.
+        random_start: share of epsilon, or None.
+    """
+    if attack not in _REMEMBERED:
+        raise ValueError(
+            f"Expected argument `memory` to be False for `attack` {attack!r} but got True: it is for "
+            f"{', '.join(map(repr, _REMEMBERED))}."
+        )
+    if random_start:
+        raise ValueError(
+            f"Expected argument `random_start` to be None or 0 with `memory`, which is where attacks start, but got "
+            f"{random_start!r}."
+        )
 
 
 def check_channels(channels: int, **values: Sequence[float] | float | None) -> None:

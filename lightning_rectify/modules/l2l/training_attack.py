@@ -53,6 +53,7 @@ class TrainingAttack:
         labels: Tensor,
         generator: torch.Generator,
         attack_bn: Literal["eval", "train"] = "eval",
+        start: Tensor | None = None,
     ) -> Perturbed:
         """The learned attack; see :func:`~lightning_rectify.modules.l2l.learned.learned_attack`."""
         return learned_attack(
@@ -69,16 +70,27 @@ class TrainingAttack:
             random_start=self.random_start,
             bounds=self.bounds,
             generator=generator,
+            start=start,
         )
 
-    def fixed(self, classifier: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Images attacked by what is not learned, detached; for "none" the images themselves."""
+    def fixed(
+        self,
+        classifier: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        generator: torch.Generator,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Images attacked by what is not learned, detached; for "none" the images themselves.
+
+        From ``start``, where there is one, "fgsm" and "pgd" set out.
+        """
         options: dict[str, Any] = {"step_size": self.step_size, "bounds": self.bounds, "generator": generator}
         if self.name == "none":
             return images
         if self.name == "trades":
             return trades_attack(classifier, images, labels, self.epsilon, steps=self.train_steps, **options)
-        options["random_start"] = self.random_start
+        options |= {"random_start": self.random_start, "start": start}
         if self.name == "fgsm":
             return fgsm(classifier, images, labels, self.epsilon, **options)
         return pgd(classifier, images, labels, self.epsilon, steps=self.train_steps, **options)
