@@ -13,10 +13,9 @@ _MOST = 10**9  # images: no index is larger
 class AttackMemory:
     """Offsets of all training images, in a byte a pixel: what adversarial training with transferable attacks keeps.
 
-    Zheng et al. (ATTA, arXiv:1912.11969, section 4): an image's attack of this epoch is little worse for the network of
-    the next one, so that single steps add up over the epochs. They undo the augmentation as is done here: an offset
-    belongs to a pixel of the image, wherever crop and mirror have put it. They keep floats; here an offset is rounded
-    to a multiple of epsilon / 120.
+    Zheng et al. (ATTA, arXiv:1912.11969): what fools the network of this epoch fools that of the next one, so that
+    single steps add up over the epochs. An offset belongs to a pixel of the image, wherever crop and mirror have put
+    it, and is rounded to a multiple of epsilon / 120.
 
     Each rank remembers what it has seen; :meth:`meet` shares it. There is room for images up to the largest index seen.
 
@@ -47,15 +46,14 @@ class AttackMemory:
             offsets = self.offsets[where] * inside
         return images + offsets.to(images.dtype) * (self.epsilon / _STEPS)
 
-    def keep(self, points: Tensor, images: Tensor, places: Tensor | None) -> None:
-        """Remember where attacks ended.
+    def keep(self, points: Tensor, images: Tensor, places: Tensor) -> None:
+        """Remember where attacks ended that :meth:`start` began.
 
         Args:
             points: adversarial images, shape (B, C, H, W).
             images: what they were made of.
             places: as in :meth:`start`.
         """
-        places = self._prepare(images, places)
         offsets = ((points.detach() - images) * (_STEPS / self.epsilon)).round().clamp(-_STEPS, _STEPS).to(torch.int8)
         if places.ndim == 1:
             self.offsets[places] = offsets
@@ -67,14 +65,18 @@ class AttackMemory:
         self.offsets[batch, channel, rows, columns] = offsets[inside]
         self._new[places[:, 0]] = True
 
-    def meet(self) -> None:
+    def meet(self, device: torch.device) -> None:
         """Share what each rank has seen since the last time; of an image that two have seen, the later rank's.
 
         Collective: all ranks call it. With one process nothing happens.
+
+        Args:
+            device: where the ranks' process group works.
         """
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
-        rank, count = dist.get_rank(), torch.tensor(len(self.offsets), device=self.offsets.device)
+        self._move(device)
+        rank, count = dist.get_rank(), torch.tensor(len(self.offsets), device=device)
         dist.all_reduce(count, dist.ReduceOp.MAX)
         self._grow(int(count))
         owner = torch.where(self._new, rank, -1).int()
@@ -110,9 +112,12 @@ class AttackMemory:
                 f"Expected all training images to be of shape {tuple(self.offsets.shape[1:])}, as those are whose "
                 f"attacks are remembered, but got {tuple(images.shape[1:])}."
             )
-        self.offsets, self._new = self.offsets.to(images.device), self._new.to(images.device)
+        self._move(images.device)
         self._grow(high + 1)
         return places
+
+    def _move(self, device: torch.device) -> None:
+        self.offsets, self._new = self.offsets.to(device), self._new.to(device)
 
     def _grow(self, count: int) -> None:
         if (more := count - len(self.offsets)) > 0:

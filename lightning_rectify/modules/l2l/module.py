@@ -301,11 +301,11 @@ class L2LDefense(MeasuredDefense):
         """Where the attacks on these images ended last, if that is remembered."""
         if self.attack_memory is None:
             return None
-        return self.attack_memory.start(batch[0], _places(batch))
+        return self.attack_memory.start(batch[0], batch[2] if len(batch) > 2 else None)
 
     def _keep(self, adversarial: Tensor, batch: Batch) -> None:
         if self.attack_memory is not None:
-            self.attack_memory.keep(adversarial, batch[0], _places(batch))
+            self.attack_memory.keep(adversarial, batch[0], batch[2])
 
     def _defend(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
         """The classifier's loss and training accuracy on attacked images."""
@@ -346,13 +346,13 @@ class L2LDefense(MeasuredDefense):
         """Share memories: the images that a rank has seen are others' in the next epoch."""
         super().on_train_epoch_end()
         if self.attack_memory is not None:
-            self.attack_memory.meet()
+            self.attack_memory.meet(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add where attacks have ended, if that is remembered and training can go on from the checkpoint."""
         super().on_save_checkpoint(checkpoint)
         if self.attack_memory is not None and "optimizer_states" in checkpoint:
-            self.attack_memory.meet()
+            self.attack_memory.meet(self.device)
             checkpoint[_MEMORY] = self.attack_memory.offsets.cpu().clone()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -360,7 +360,3 @@ class L2LDefense(MeasuredDefense):
         super().on_load_checkpoint(checkpoint)
         if self.attack_memory is not None and _MEMORY in checkpoint:
             self.attack_memory.load(checkpoint[_MEMORY])
-
-
-def _places(batch: Batch) -> Tensor | None:
-    return batch[2] if len(batch) > 2 else None

@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 from itertools import count, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_rectify._lightning import seed_everything
 from lightning_rectify.attacks.gradient import fgsm, pgd
+from lightning_rectify.cli import RectifyCLI
 from lightning_rectify.data.images import ImageData
 from lightning_rectify.modules import ImageClassifier
 from lightning_rectify.modules.l2l import L2LDefense
 from lightning_rectify.modules.l2l.memory import AttackMemory
 from tests.helpers.training import differences, largest_difference, snapshot, trainer, weights
 
+CONFIG = Path(__file__).parents[3] / "configs" / "l2l.yaml"
 EPSILON = 0.1
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 JOB = "tests.modules.l2l.test_memory.job"
@@ -247,6 +250,20 @@ def test_augmented_training_remembers():
     module = make(**SIGNS)
     fit(module, digits(augment=True))
     assert (module.attack_memory.offsets != 0).double().mean() > 0.5
+
+
+def test_yaml_reaches_it(tmp_path):
+    options = [
+        f"--config={CONFIG}", "--model.init_args.attack=fgsm", "--model.init_args.memory=true",
+        "--model.init_args.classifier_args.width=4", "--data.init_args.with_index=true",
+        "--data.init_args.train_size=96", "--trainer.max_epochs=2", "--trainer.accelerator=cpu",
+        f"--trainer.logger.init_args.save_dir={tmp_path}", "--test_after_fit=false",
+    ]  # fmt: skip
+    cli = RectifyCLI(["fit", *options])
+    assert cli.model.attack_memory.offsets.shape == (96, 1, 8, 8)
+    assert cli.model.attack_memory.offsets.any()
+    (last,) = tmp_path.rglob("last_epoch.ckpt")
+    assert torch.equal(torch.load(last, weights_only=True)["attack_memory"], cli.model.attack_memory.offsets)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
