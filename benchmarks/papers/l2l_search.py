@@ -93,7 +93,7 @@ def go(finished: Finished, names: Sequence[str], seeds: Sequence[int], stages: i
     if stages < 3:
         return
     winners = [best(rows, learned, 1) for learned in (True, False)]
-    finalists = list(dict.fromkeys([PGD, *winners[0], *winners[1], TWO_STEP]))
+    finalists = [PGD, *winners[0], *winners[1]]
     cells = [Cell(name, epsilon, seed) for epsilon in BOTH for seed in seeds for name in finalists]
     finished.get(cells, test=True)
 
@@ -184,7 +184,7 @@ def main() -> None:
     search = Search(study, args.val_images, args.test_images, args.keep)
     if args.quick:  # the digits that scikit-learn ships
         study = Study("digits", 192, 32, epochs=2, batch_size=64, steps=(1, 20), restarts=(1, 2), apgd_steps=4)
-        search, work, seeds = Search(study, 32, 32, keep=1, references=1), path.parent / f"{NAME}_runs", [0]
+        search, work, seeds = Search(study, 32, 32, keep=1, references=1, queries=5), path.parent / f"{NAME}_runs", [0]
         names = [PGD, TWO_STEP, "sign 1", "sign .5, memory", "linear, 2-step"]
         args.jobs = 0
     root = None if args.quick else data_folder(args.data, FOLDERS)

@@ -31,11 +31,14 @@ class Search:
     test_images: int = 4000
     keep: int = 3  # of each kind, from the first stage to the second
     references: int = 3  # PGD-10 steps after each epoch
+    queries: int = 1000  # Square's, on test images
 
     def plain(self, test: bool) -> dict[str, Any]:
         """What a run on validation images, or on test images, depends on."""
         found = {**self.study.plain(), "val_images": self.val_images, "references": self.references}
-        return {**found, "test_images": self.test_images if test else 0}
+        return (
+            {**found, "test_images": self.test_images, "square": self.queries} if test else {**found, "test_images": 0}
+        )
 
 
 @dataclass(frozen=True)
@@ -133,13 +136,13 @@ def train(cell: Cell, search: Search, work: Path) -> tuple[SearchDefense, float,
 
 
 def judge(model: Any, data: Any, epsilon: float, search: Search, test: bool) -> dict[str, Any]:
-    """What PGD-50, its margin loss and APGD leave; on test images with more restarts, and targeted APGD."""
+    """What PGD-50, its margin loss and APGD leave; on test images with restarts, and after targeted APGD and Square."""
     study = search.study
-    attacks = ("fgsm", "pgd", "pgd_margin", "apgd_ce", *(("apgd_dlr_targeted",) if test else ()))
+    attacks = ("fgsm", "pgd", "pgd_margin", "apgd_ce", *(("apgd_dlr_targeted", "square") if test else ()))
     report = robust_report(
         model, data, epsilon, steps=study.steps, restarts=study.restarts if test else study.restarts[:1],
-        epsilons=(epsilon,), attacks=attacks, apgd_steps=study.apgd_steps // 2, max_images=None, batch_size=250,
-        own_attack=False, progress=False,
+        epsilons=(epsilon,), attacks=attacks, apgd_steps=study.apgd_steps // 2, queries=search.queries,
+        max_images=None, batch_size=250, own_attack=False, progress=False,
     )  # fmt: skip
     return row_of(report)
 
