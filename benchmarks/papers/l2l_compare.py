@@ -119,6 +119,12 @@ def cropped(images: Tensor, generator: torch.Generator, pad: int) -> tuple[Tenso
     return images, torch.cat([corner[0] - pad, corner[1] - pad, mirrored.long()], dim=1)
 
 
+def augmentation(study: Study) -> Any:
+    """What a batch of the data set goes through."""
+    pad = DATASETS[study.dataset]["pad"]
+    return partial(cropped, pad=pad) if pad else None
+
+
 def make_module(cell: Cell, study: Study, steps: int) -> L2LDefense:
     """The module of a method, with the study's optimizers; the attacker's learning rate is constant."""
     about = DATASETS[cell.dataset]
@@ -148,9 +154,7 @@ def run(cell: Cell, study: Study, data: Path, work: Path) -> dict[str, Any]:
     """Train one network, for ``study.epochs`` epochs, and judge it."""
     parts = torch.load(data, weights_only=True)
     seed_everything(cell.seed, verbose=False)
-    pad = DATASETS[cell.dataset]["pad"]
-    augment = partial(cropped, pad=pad) if pad else None
-    batches = Batches(*parts["train"], study.batch_size, cell.seed, augment, with_index=True)
+    batches = Batches(*parts["train"], study.batch_size, cell.seed, augmentation(study), with_index=True)
     module, epochs = make_module(cell, study, len(batches)), Epochs()
     trainer(max_epochs=study.epochs, callbacks=[epochs]).fit(module, DataLoader(batches, batch_size=None))
     begin = time.process_time()
@@ -186,7 +190,8 @@ def measure(study: Study, data: Path, work: Path, steps: int = 3, rounds: int = 
     made = {}
     for method in dict.fromkeys([PGD, *missing]):
         module = make_module(Cell(study.dataset, method, "epochs", 0), study, steps)
-        loader = DataLoader(Batches(images[some], labels[some], study.batch_size, 0, with_index=True), batch_size=None)
+        some_batches = Batches(images[some], labels[some], study.batch_size, 0, augmentation(study), with_index=True)
+        loader = DataLoader(some_batches, batch_size=None)
 
         def fit(module: L2LDefense = module, loader: Any = loader) -> None:
             trainer(max_steps=steps, max_epochs=-1, callbacks=[watch]).fit(module, loader)

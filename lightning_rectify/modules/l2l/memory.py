@@ -39,11 +39,9 @@ class AttackMemory:
             Shape (B, C, H, W); hardly ever outside the ball, but it may be.
         """
         places = self._prepare(images, places)
-        if places.ndim == 1:
-            offsets = self.offsets[places]
-        else:
-            where, inside = _pixels(images, places)
-            offsets = self.offsets[where] * inside
+        offsets = self.offsets[places if places.ndim == 1 else places[:, 0]]
+        if places.ndim == 2:
+            offsets = _augmented(offsets, places)
         return images + offsets.to(images.dtype) * (self.epsilon / _STEPS)
 
     def keep(self, points: Tensor, images: Tensor, places: Tensor) -> None:
@@ -55,15 +53,11 @@ class AttackMemory:
             places: as in :meth:`start`.
         """
         offsets = ((points.detach() - images) * (_STEPS / self.epsilon)).round().clamp(-_STEPS, _STEPS).to(torch.int8)
-        if places.ndim == 1:
-            self.offsets[places] = offsets
-            self._new[places] = True
-            return
-        where, inside = _pixels(images, places)
-        inside = inside.expand(images.shape)
-        batch, channel, rows, columns = (part.expand(images.shape)[inside] for part in where)
-        self.offsets[batch, channel, rows, columns] = offsets[inside]
-        self._new[places[:, 0]] = True
+        index = places if places.ndim == 1 else places[:, 0]
+        if places.ndim == 2:
+            offsets = _whole(offsets, self.offsets[index], places)
+        self.offsets[index] = offsets
+        self._new[index] = True
 
     def meet(self, device: torch.device) -> None:
         """Share what each rank has seen since the last time; of an image that two have seen, the later rank's.
@@ -125,18 +119,33 @@ class AttackMemory:
             self._new = torch.cat([self._new, self._new.new_zeros(more)])
 
 
-def _pixels(images: Tensor, places: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Which pixels of the whole images those of the batch are, as four indices that broadcast, and which are of any."""
-    channels, height, width = images.shape[1:]
-    index, top, left, mirror = places.view(-1, 4, 1).unbind(1)  # each (B, 1)
-    across = torch.arange(width, device=places.device)
-    rows = top + torch.arange(height, device=places.device)
+def _augmented(whole: Tensor, places: Tensor) -> Tensor:
+    """What augmentation makes of whole images (B, C, H, W), with 0 for what is in none."""
+    (height, width), (top, left, mirror) = whole.shape[-2:], places[:, 1:].unsqueeze(-1).unbind(1)  # each (B, 1)
+    across = torch.arange(width, device=whole.device)
+    rows = top + torch.arange(height, device=whole.device)
     columns = left + torch.where(mirror > 0, width - 1 - across, across)
-    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None, :]
-    where = (
-        index[:, :, None, None],
-        torch.arange(channels, device=places.device)[None, :, None, None],
+    values, inside = _read(whole, rows, columns)
+    return values * inside
+
+
+def _whole(seen: Tensor, before: Tensor, places: Tensor) -> Tensor:
+    """Whole images (B, C, H, W) again: of the augmented ones' pixels what they show, of the others what was before."""
+    (height, width), (top, left, mirror) = seen.shape[-2:], places[:, 1:].unsqueeze(-1).unbind(1)
+    rows = torch.arange(height, device=seen.device) - top
+    columns = torch.arange(width, device=seen.device) - left
+    values, inside = _read(seen, rows, torch.where(mirror > 0, width - 1 - columns, columns))
+    return torch.where(inside, values, before)
+
+
+def _read(images: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels at rows (B, H) and columns (B, W), and which of them the images have, (B, 1, H, W)."""
+    count, channels, height, width = images.shape
+    values = images[
+        torch.arange(count, device=images.device)[:, None, None, None],
+        torch.arange(channels, device=images.device)[None, :, None, None],
         rows.clamp(0, height - 1)[:, None, :, None],
         columns.clamp(0, width - 1)[:, None, None, :],
-    )
-    return where, inside
+    ]
+    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None, :]
+    return values, inside
