@@ -31,14 +31,16 @@ class Search:
     test_images: int = 4000
     keep: int = 3  # of each kind, from the first stage to the second
     references: int = 3  # PGD-10 steps after each epoch
-    queries: int = 1000  # Square's, on test images
+    restarts: tuple[int, ...] = (1, 3)  # on test images
+    queries: int = 500  # Square's, on test images
 
     def plain(self, test: bool) -> dict[str, Any]:
         """What a run on validation images, or on test images, depends on."""
         found = {**self.study.plain(), "val_images": self.val_images, "references": self.references}
-        return (
-            {**found, "test_images": self.test_images, "square": self.queries} if test else {**found, "test_images": 0}
-        )
+        if not test:
+            return {**found, "test_images": 0}
+        last = {"test_images": self.test_images, "test_restarts": list(self.restarts), "square": self.queries}
+        return {**found, **last}
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def judge(model: Any, data: Any, epsilon: float, search: Search, test: bool) -> 
     study = search.study
     attacks = ("fgsm", "pgd", "pgd_margin", "apgd_ce", *(("apgd_dlr_targeted", "square") if test else ()))
     report = robust_report(
-        model, data, epsilon, steps=study.steps, restarts=study.restarts if test else study.restarts[:1],
+        model, data, epsilon, steps=study.steps, restarts=search.restarts if test else study.restarts[:1],
         epsilons=(epsilon,), attacks=attacks, apgd_steps=study.apgd_steps // 2, queries=search.queries,
         max_images=None, batch_size=250, own_attack=False, progress=False,
     )  # fmt: skip
