@@ -2,12 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from image_batches import Batches
 from l2l import Study, classifier, quiet, row_of
 from l2l_candidates import SearchDefense, build
 from torch import Tensor
@@ -76,22 +76,6 @@ def prepare(search: Search, root: str | None, work: Path) -> None:
     torch.save({name: tuple(part.clone() for part in pair) for name, pair in parts.items()}, work / "data.pt")
 
 
-class Numbered(torch.utils.data.IterableDataset[tuple[Tensor, Tensor, Tensor]]):
-    """Shuffled batches cut from tensors, with the images' numbers."""
-
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, seed: int) -> None:
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.images) // self.batch_size
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        order = torch.randperm(len(self.images), generator=self.generator)
-        for index in order[: len(self) * self.batch_size].split(self.batch_size):
-            yield self.images[index], self.labels[index], index
-
-
 class Clock(Callback):
     """The process's time inside each training epoch, and after it that of some steps of PGD-10 on another network."""
 
@@ -127,7 +111,7 @@ def train(cell: Cell, search: Search, work: Path) -> tuple[SearchDefense, float,
     study = search.study
     images, labels = torch.load(work / "data.pt", weights_only=True)["train"]
     seed_everything(cell.seed, verbose=False)
-    batches = Numbered(images, labels, study.batch_size, cell.seed)
+    batches = Batches(images, labels, study.batch_size, cell.seed, with_index=True)
     module = build(cell.name, study, cell.epsilon, len(images), images.shape[-1], len(batches))
     some = slice(study.batch_size)
     clock = Clock(images[some], labels[some], cell.epsilon, search.references)
