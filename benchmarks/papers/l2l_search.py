@@ -184,11 +184,8 @@ def main() -> None:
     search = Search(study, args.val_images, args.test_images, args.keep)
     if args.quick:  # the digits that scikit-learn ships
         study = Study("digits", 192, 32, epochs=2, batch_size=64, steps=(1, 20), restarts=(1, 2), apgd_steps=4)
-        search, work, seeds = (
-            Search(study, 32, 32, keep=1, references=1, restarts=(1,), queries=5),
-            path.parent / f"{NAME}_runs",
-            [0],
-        )
+        search = Search(study, 32, 32, keep=1, references=1, restarts=(1,), queries=5)
+        work, seeds = path.parent / f"{NAME}_runs", [0]
         names = [PGD, TWO_STEP, "sign 1", "sign .5, memory", "linear, 2-step"]
         args.jobs = 0
     root = None if args.quick else data_folder(args.data, FOLDERS)

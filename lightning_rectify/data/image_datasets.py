@@ -133,6 +133,11 @@ def split(labels: Tensor, val_size: int | float, train_size: int | None, seed: i
     return train, val
 
 
+def _indices(keys: Sequence[Key]) -> Tensor:
+    """Which images are asked for, int64, (B,)."""
+    return torch.tensor([key[1] if isinstance(key, tuple) else key for key in keys])
+
+
 class ArrayImages(Dataset[Batch]):
     """Images in memory as one tensor of bytes; a batch is cut, augmented and normalised in a few tensor operations.
 
@@ -178,7 +183,7 @@ class ArrayImages(Dataset[Batch]):
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """Images (B, C, H, W), float32, normalised, and labels (B,), int64; ``keys`` are of one kind and epoch."""
         first = keys[0]
-        index = torch.tensor([key[1] if isinstance(key, tuple) else key for key in keys])
+        index = _indices(keys)
         images = self.images[index]
         if isinstance(first, tuple) and (self.pad or self.flip):
             images = self._augment(images, torch.from_numpy(self._draw(first[0])[index.numpy()]))
@@ -189,7 +194,7 @@ class ArrayImages(Dataset[Batch]):
 
         Row and column are what the crop's first pixel is in the image, from -pad to pad, before the mirror (0 or 1).
         """
-        index = torch.tensor([key[1] if isinstance(key, tuple) else key for key in keys])
+        index = _indices(keys)
         if not isinstance(keys[0], tuple) or not (self.pad or self.flip):
             return index
         drawn = torch.from_numpy(self._draw(keys[0][0])[index.numpy()])
@@ -257,7 +262,7 @@ class FileImages(Dataset[Batch]):
 
     def places(self, keys: Sequence[Key]) -> Tensor:
         """Indices of the images asked for, int64, (B,); what augmentation does to them is not known."""
-        return torch.tensor([key[1] if isinstance(key, tuple) else key for key in keys])
+        return _indices(keys)
 
 
 class PlacedImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
